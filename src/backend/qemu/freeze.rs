@@ -1,0 +1,362 @@
+//! What a running backup has in QEMU, how it comes about and how it goes away.
+//!
+//! ```text
+//!                       guest                          reader
+//!                         |                              |
+//!    job "job" ······· filter                         access     export "exp", NBD
+//!    sync=none            |    \ old content             |      (snapshot-access:
+//!                         |     \ before each write      |       old content from the
+//!                         |      overlay (qcow2) <-------+       overlay, the rest
+//!                         |        |                     |       from the live disk)
+//!                     live disk <--|---------------------+
+//!                                  file (scratch)
+//! ```
+//!
+//! The overlay has no backing file. A filter that the next backup puts over the live disk would
+//! become the backing of the overlays that are there, which makes two ways from each filter to the
+//! next: with 16 backups at once 65536, and QEMU goes all of them when it is asked for its nodes.
+//!
+//! Freezing is one transaction over all disks: the checkpoint's bitmap on and its predecessor's
+//! off, a frozen copy of what recorded until then, and the job that begins to copy before each
+//! write. Everything before it is preparation and everything after it is access, so nothing but
+//! the transaction decides which instant the backup shows.
+//!
+//! Taking it apart goes the other way round, and every step may find its object gone. So the same
+//! steps end a backup, undo a begin that failed anywhere (also where QEMU did what it was told but
+//! the answer was lost), and can be repeated.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use serde_json::{Value, json};
+
+use super::frozen::{QemuDisk, QemuFrozen};
+use super::monitor::Monitor;
+use super::names::{Names, TAIL};
+use super::quirks::Access;
+use super::scratch::{self, Scratch};
+use super::{Shared, action, server};
+use crate::backend::FrozenDisk;
+use crate::model::{
+    BackupPlan, CheckpointRemoval, Error, FreezeDisk, Kind, NewCheckpoint, RemoveBitmap, Result,
+};
+use crate::nbd;
+
+/// One disk's share of a backup.
+pub(super) struct Part {
+    pub(super) target: String,
+    /// The live node.
+    pub(super) node: String,
+    pub(super) size: u64,
+    pub(super) names: Names,
+    /// Granularity of the bitmap that recorded up to the instant, where there is one; its frozen
+    /// copy is on the overlay.
+    pub(super) recorded: Option<(String, u64)>,
+}
+
+/// A running backup.
+pub(super) struct Session {
+    /// The QEMU process that holds it.
+    pid: i32,
+    pub(super) parts: Vec<Part>,
+    scratch: Mutex<Vec<Scratch>>,
+    /// Its begin did not fail.
+    begun: AtomicBool,
+    /// It counts among the NBD server's users.
+    server: AtomicBool,
+    /// The connections of its readers.
+    pub(super) pools: Mutex<Vec<Arc<nbd::Pool>>>,
+    /// Why it is over. Set before anything is taken apart.
+    failure: RwLock<Option<Error>>,
+    /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
+    gone: Mutex<bool>,
+}
+
+/// Freezes the disks of the plan.
+pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFrozen> {
+    shared.settle()?;
+    let monitor = shared.link.monitor()?;
+    if matches!(shared.roots, super::Roots::Drives) && monitor.migrating()? {
+        return Err(
+            Error::new(Kind::Busy, "the domain is being migrated").hint("wait for the migration")
+        );
+    }
+    scratch::check_room(&shared.places.scratch)?;
+    let mut parts = Vec::new();
+    for (index, disk) in plan.disks.iter().enumerate() {
+        parts.push(part(shared, plan.id, index, disk)?);
+    }
+    let session = Arc::new(Session {
+        pid: monitor.client().peer().pid,
+        parts,
+        scratch: Mutex::default(),
+        begun: AtomicBool::new(false),
+        server: AtomicBool::new(false),
+        pools: Mutex::default(),
+        failure: RwLock::new(None),
+        gone: Mutex::new(false),
+    });
+    shared.sessions.lock().push(Arc::clone(&session));
+    match session.begin(shared, &monitor, plan.checkpoint.as_ref()) {
+        Ok(disks) => {
+            session.begun.store(true, Ordering::Release);
+            Ok(QemuFrozen::new(Arc::clone(shared), session, disks))
+        }
+        Err(error) => {
+            let undone = session.undo(shared, plan.checkpoint.as_ref());
+            if let Err(e) = undone {
+                log::error!("undoing a backup that could not begin: {e}");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn part(shared: &Shared, job: u32, index: usize, disk: &FreezeDisk) -> Result<Part> {
+    let live = shared.node(&disk.target)?;
+    let recorded = disk.recording.as_ref().and_then(|name| {
+        let bitmap = live.disk.bitmaps.iter().find(|b| b.name == *name)?;
+        Some((name.clone(), bitmap.granularity))
+    });
+    Ok(Part {
+        target: disk.target.clone(),
+        node: live.node,
+        size: live.disk.size,
+        names: Names::new(shared.rundir.id(), job, index),
+        recorded,
+    })
+}
+
+impl Part {
+    /// Makes the overlay for what the guest will overwrite.
+    fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<Scratch> {
+        let peer = monitor.client().peer();
+        let name = self.names.overlay();
+        let name = name.trim_start_matches(super::PREFIX);
+        let scratch = Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?;
+        let file = self.names.file();
+        monitor
+            .blockdev_add(json!({
+                "driver": "file", "node-name": file,
+                "filename": scratch.path().display().to_string(),
+            }))
+            .map_err(|e| match e.kind() {
+                Kind::NotPermitted => e.hint(
+                    "QEMU's user must be able to enter the scratch directory: choose another with \
+                     -o scratch=DIR",
+                ),
+                _ => e,
+            })?;
+        scratch.unlink();
+        monitor.create_qcow2(&self.names.create(), &file, self.size)?;
+        let mut overlay = json!({
+            "driver": "qcow2", "node-name": self.names.overlay(), "file": file,
+        });
+        if Access::of(monitor.client().version()).asks_the_overlay() {
+            overlay["backing"] = json!(self.node);
+        }
+        monitor.blockdev_add(overlay)?;
+        Ok(scratch)
+    }
+
+    /// Its share of the instant.
+    fn actions(&self) -> Vec<Value> {
+        let overlay = self.names.overlay();
+        let mut actions = Vec::new();
+        if let Some((bitmap, granularity)) = &self.recorded {
+            actions.push(action(
+                "block-dirty-bitmap-add",
+                json!({"node": overlay, "name": TAIL, "granularity": granularity,
+                       "persistent": false, "disabled": true}),
+            ));
+            actions.push(action(
+                "block-dirty-bitmap-merge",
+                json!({"node": overlay, "target": TAIL,
+                       "bitmaps": [{"node": self.node, "name": bitmap}]}),
+            ));
+        }
+        actions.push(action(
+            "blockdev-backup",
+            json!({"job-id": self.names.job(), "device": self.node, "target": overlay,
+                   "sync": "none", "filter-node-name": self.names.filter()}),
+        ));
+        actions
+    }
+
+    fn access(&self, monitor: &Monitor) -> Result<()> {
+        let access = self.names.access();
+        monitor.blockdev_add(json!({
+            "driver": "snapshot-access", "node-name": access,
+            "file": self.names.filter(), "read-only": true,
+        }))?;
+        let export = self.names.export();
+        monitor.export_add(&export, &access, &export, &[])
+    }
+
+    /// Removes every trace, in the order that neither deadlocks QEMU nor shows a reader newer data:
+    /// its readers, the export, the job, the nodes from the top down.
+    fn dissolve(&self, monitor: &Monitor) -> Result<()> {
+        monitor.export_del(&self.names.map_export())?;
+        monitor.export_del(&self.names.export())?;
+        monitor.job_cancel(&self.names.job())?;
+        monitor.blockdev_del(&self.names.access())?;
+        monitor.blockdev_del(&self.names.overlay())?;
+        monitor.blockdev_del(&self.names.file())?;
+        Ok(())
+    }
+
+    fn during(&self, error: Error) -> Error {
+        error.during(format!("disk {}", self.target))
+    }
+}
+
+impl Session {
+    fn begin(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        monitor: &Monitor,
+        checkpoint: Option<&NewCheckpoint>,
+    ) -> Result<Vec<Box<dyn FrozenDisk>>> {
+        for part in &self.parts {
+            let scratch = part.prepare(shared, monitor).map_err(|e| part.during(e))?;
+            self.scratch.lock().push(scratch);
+        }
+        let mut actions = match checkpoint {
+            Some(new) => shared.checkpoint_actions(new)?,
+            None => Vec::new(),
+        };
+        // The frozen copies come first: what a copy is taken of must not have been switched off by
+        // an action that a later version might not see as simultaneous.
+        actions.splice(0..0, self.parts.iter().flat_map(Part::actions));
+        monitor.transaction(actions)?;
+
+        for part in &self.parts {
+            if !self.server.load(Ordering::Acquire) {
+                shared.server.acquire(monitor, &shared.rundir)?;
+                self.server.store(true, Ordering::Release);
+            }
+            part.access(monitor).map_err(|e| part.during(e))?;
+        }
+        let mut disks: Vec<Box<dyn FrozenDisk>> = Vec::new();
+        for index in 0..self.parts.len() {
+            let disk = QemuDisk::open(shared, self, index)?;
+            disks.push(Box::new(disk));
+        }
+        Ok(disks)
+    }
+
+    /// The node under this backup's filter, if `node` is one.
+    pub(super) fn below(&self, node: &str) -> Option<String> {
+        let part = self.parts.iter().find(|p| p.names.filter() == node)?;
+        Some(part.node.clone())
+    }
+
+    /// Whether the QEMU process of this id holds it.
+    pub(super) fn is_of(&self, pid: i32) -> bool {
+        self.pid == pid
+    }
+
+    pub(super) fn failure(&self) -> Option<Error> {
+        self.failure.read().clone()
+    }
+
+    /// From now on every read fails with `why`, unless it failed before.
+    pub(super) fn fail(&self, why: Error) {
+        self.failure.write().get_or_insert(why);
+        for pool in self.pools.lock().iter() {
+            pool.close();
+        }
+    }
+
+    pub(super) fn scratch_used(&self) -> u64 {
+        self.scratch.lock().iter().map(Scratch::used).sum()
+    }
+
+    /// Takes everything apart; nothing is left to do after it succeeded once.
+    pub(super) fn end(&self, shared: &Shared) -> Result<()> {
+        self.fail(Error::new(Kind::NotConnected, "the backup was ended"));
+        let mut gone = self.gone.lock();
+        if *gone {
+            return Ok(());
+        }
+        let monitor = match shared.link.monitor() {
+            Ok(monitor) => Some(monitor).filter(|m| m.client().peer().pid == self.pid),
+            // Nobody listens: QEMU is gone, and with it all that we had there.
+            Err(e) if e.kind() == Kind::NotConnected => None,
+            Err(e) => return Err(e),
+        };
+        match monitor {
+            Some(monitor) => self.dissolve(shared, &monitor)?,
+            None => {
+                if self.server.swap(false, Ordering::AcqRel) {
+                    shared.server.lost();
+                }
+            }
+        }
+        *gone = true;
+        self.scratch.lock().clear();
+        shared.sessions.lock().retain(|s| !std::ptr::eq(&**s, self));
+        Ok(())
+    }
+
+    fn dissolve(&self, shared: &Shared, monitor: &Monitor) -> Result<()> {
+        let mut result = Ok(());
+        let begun = self.begun.load(Ordering::Acquire);
+        for part in &self.parts {
+            let half_made = match begun {
+                true => Ok(()),
+                false => monitor.discard_create(&part.names.create()),
+            };
+            let outcome = half_made
+                .and_then(|()| part.dissolve(monitor))
+                .map_err(|e| part.during(e));
+            let silent = matches!(&outcome, Err(e) if e.kind() == Kind::TimedOut);
+            result = result.and(outcome);
+            if silent {
+                // One deadline is enough; the rest is done when it answers again.
+                return result;
+            }
+        }
+        if self.server.load(Ordering::Acquire) && result.is_ok() {
+            shared.server.release(monitor, &shared.rundir)?;
+            self.server.store(false, Ordering::Release);
+        }
+        result
+    }
+
+    /// After a begin that failed: takes apart what there is, and removes the checkpoint's bitmaps if
+    /// the transaction took effect.
+    fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
+        let ended = self.end(shared);
+        let Some(new) = checkpoint else { return ended };
+        let now = shared.look()?;
+        let mut removal = CheckpointRemoval {
+            name: new.name.clone(),
+            bitmaps: Vec::new(),
+        };
+        for bitmap in &new.bitmaps {
+            let disk = now.iter().find(|d| d.disk.target == bitmap.target);
+            let made = disk.is_some_and(|d| d.disk.bitmaps.iter().any(|b| b.name == bitmap.bitmap));
+            if made {
+                removal.bitmaps.push(RemoveBitmap {
+                    target: bitmap.target.clone(),
+                    bitmap: bitmap.bitmap.clone(),
+                    resume: bitmap.stop.is_some(),
+                    merge_into: bitmap.stop.clone(),
+                });
+            }
+        }
+        let actions = shared.removal_actions(&removal)?;
+        shared.link.monitor()?.transaction(actions)?;
+        ended
+    }
+}
+
+/// Where a reader finds an export.
+pub(super) fn endpoint(shared: &Shared, export: &str) -> nbd::Endpoint {
+    nbd::Endpoint {
+        socket: server::socket(&shared.rundir),
+        export: export.to_owned(),
+    }
+}

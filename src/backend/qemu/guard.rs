@@ -1,0 +1,191 @@
+//! The guest comes first: a thread that ends a backup before the guest has to pay for it.
+//!
+//! When the scratch space is full, copy-before-write fails and with it the guest's write; with
+//! QEMU's default `werror` the guest is paused. So free space is looked at a few times a second while
+//! a backup runs and the largest one is ended in time. Should the guest have been stopped all the
+//! same, the backup is ended and the guest goes on, unharmed: its write is made again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::freeze::Session;
+use super::names::PREFIX;
+use super::{Shared, scratch};
+use crate::model::{Error, Kind};
+use crate::qmp;
+
+/// How often free space is looked at while a backup runs.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How often the thread looks whether it is still wanted.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// How often the remains of a backup that is over are taken apart, where that failed before.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// The running thread; dropping it ends and joins it.
+pub(super) struct Guard {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Guard {
+    pub(super) fn start(shared: &Arc<Shared>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let weak = Arc::downgrade(shared);
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("guard".to_owned())
+            .spawn(move || run(&weak, &stopped));
+        if let Err(e) = &thread {
+            log::error!("cannot start the thread that guards the scratch space: {e}");
+        }
+        Self {
+            stop,
+            thread: thread.ok(),
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
+    let mut mark = qmp::Mark::START;
+    let mut client: Option<Arc<qmp::Client>> = None;
+    let mut last_settled = Instant::now();
+    while !stop.load(Ordering::Acquire) {
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        let sessions = shared.sessions.lock().clone();
+        // Only a running backup is worth connecting again for.
+        if client.as_ref().is_none_or(|c| !c.is_connected()) {
+            client = follow(&shared, &sessions);
+            mark = qmp::Mark::START;
+        }
+        let wait = if sessions.is_empty() { IDLE } else { LOOK };
+        let event = match &client {
+            Some(client) => client.next_event(mark, wait),
+            None => {
+                std::thread::sleep(wait);
+                Ok(None)
+            }
+        };
+        match event {
+            Ok(Some(event)) => {
+                mark = event.mark();
+                if event.name == "BLOCK_IO_ERROR" {
+                    write_failed(&shared, &event);
+                }
+            }
+            Ok(None) => {
+                watch_space(&shared);
+                if last_settled.elapsed() >= SETTLE {
+                    // Fails as long as QEMU does not answer, and was logged when it first did.
+                    let _ = shared.settle();
+                    last_settled = Instant::now();
+                }
+            }
+            // The next round connects again; after lost events, go on with those to come.
+            Err(_) => mark = client.as_ref().map_or(mark, |c| c.mark()),
+        }
+    }
+}
+
+/// The client to listen to. Backups whose QEMU is gone or was restarted are over.
+fn follow(shared: &Shared, sessions: &[Arc<Session>]) -> Option<Arc<qmp::Client>> {
+    let gone = |sessions: &[Arc<Session>]| {
+        for session in sessions {
+            session.fail(
+                Error::new(Kind::NotConnected, "the domain is gone")
+                    .hint("rmdir the backup; begin another when the domain runs again"),
+            );
+        }
+    };
+    match shared.link.monitor() {
+        Ok(monitor) => {
+            let pid = monitor.client().peer().pid;
+            let lost: Vec<_> = sessions.iter().filter(|s| !s.is_of(pid)).cloned().collect();
+            gone(&lost);
+            Some(Arc::clone(monitor.client()))
+        }
+        Err(e) => {
+            if e.kind() == Kind::NotConnected {
+                gone(sessions);
+            }
+            None
+        }
+    }
+}
+
+/// Ends the backup that takes the most, if space is short or its limit is reached.
+fn watch_space(shared: &Shared) {
+    let sessions = running(shared);
+    if let Some(limit) = shared.places.scratch_limit {
+        for session in &sessions {
+            let used = session.scratch_used();
+            if used > limit {
+                let why = format!("the backup took {used} bytes of scratch space, {limit} allowed");
+                break_off(shared, session, &why, "raise -o scratch-limit=");
+            }
+        }
+    }
+    if !sessions.is_empty() && scratch::room(&shared.places.scratch) == Some(0) {
+        end_largest(shared, "the scratch directory is nearly full");
+    }
+}
+
+/// A guest's write failed on one of our filters: no space to copy the old content to.
+fn write_failed(shared: &Shared, event: &qmp::Event) {
+    let node = event.data["node-name"].as_str().unwrap_or_default();
+    if !node.starts_with(PREFIX) || event.data["operation"] != "write" {
+        return;
+    }
+    end_largest(shared, "the scratch space is full");
+    if event.data["action"] != "stop" {
+        return;
+    }
+    // The write is made again; if it fails again, the next backup goes.
+    let cont = shared.link.monitor().and_then(|monitor| {
+        if monitor.run_state()? == "io-error" {
+            log::warn!("the guest was stopped by a full scratch space; it goes on now");
+            monitor.cont()?;
+        }
+        Ok(())
+    });
+    if let Err(e) = cont {
+        log::error!("the guest is stopped and cannot be made to go on: {e}");
+    }
+}
+
+fn end_largest(shared: &Shared, why: &str) {
+    let sessions = running(shared);
+    if let Some(session) = sessions.iter().max_by_key(|s| s.scratch_used()) {
+        let hint = "use a larger -o scratch=DIR, or read faster";
+        break_off(shared, session, why, hint);
+    }
+}
+
+fn running(shared: &Shared) -> Vec<Arc<Session>> {
+    let sessions = shared.sessions.lock();
+    let alive = sessions.iter().filter(|s| s.failure().is_none());
+    alive.cloned().collect()
+}
+
+fn break_off(shared: &Shared, session: &Session, why: &str, hint: &str) {
+    let why = format!("{why}; the backup was ended so that the guest can go on");
+    log::error!("{why} ({hint})");
+    session.fail(Error::new(Kind::NoSpace, why).hint(hint));
+    if let Err(e) = session.end(shared) {
+        log::error!("ending it: {e}");
+    }
+}

@@ -1,0 +1,312 @@
+//! A QEMU, reached through its monitor: the backend for running domains and, with a private storage
+//! daemon in QEMU's place, for images.
+//!
+//! ```text
+//!   Qemu ── Shared ──┬── Link      the monitor; connected again when QEMU was restarted
+//!                    ├── Server    the one NBD server of a QEMU process; counts its users
+//!                    ├── RunDir    sockets
+//!                    └── Session…  what each running backup has in QEMU (freeze.rs)
+//!   guard.rs: a thread that ends a backup before the guest has to pay for it
+//! ```
+//!
+//! The commands, their order and the texts of refusals were tried on QEMU 7.2 and 10.0.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use self::disks::DiskNode;
+pub(super) use self::disks::Roots;
+use self::freeze::Session;
+pub(super) use self::link::Link;
+use self::names::PREFIX;
+use self::server::Server;
+use super::source::Places;
+use super::storage_daemon::Daemon;
+use super::{Backend, Frozen};
+use crate::model::{
+    BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, Result,
+};
+use crate::qmp;
+
+mod disks;
+mod freeze;
+mod frozen;
+mod guard;
+mod link;
+mod monitor;
+mod names;
+mod quirks;
+mod rundir;
+mod scratch;
+mod server;
+
+pub use self::rundir::make_passable;
+pub(super) use self::rundir::{RunDir, dead, noted_pid};
+
+/// A domain behind a monitor.
+pub struct Qemu {
+    shared: Arc<Shared>,
+    info: DomainInfo,
+    guard: Mutex<Option<guard::Guard>>,
+    daemon: Mutex<Option<Daemon>>,
+}
+
+/// What a mount's backups have in common.
+struct Shared {
+    link: Link,
+    roots: Roots,
+    places: Places,
+    server: Server,
+    rundir: RunDir,
+    /// The disks as last seen; the engine looks before every change.
+    seen: Mutex<Vec<DiskNode>>,
+    /// Backups that have something in QEMU.
+    sessions: Mutex<Vec<Arc<Session>>>,
+}
+
+impl Qemu {
+    /// Connects to a running QEMU. Nothing of it is changed yet.
+    pub(super) fn connect(socket: PathBuf, places: &Places) -> Result<Self> {
+        let path = socket.canonicalize().unwrap_or_else(|_| socket.clone());
+        let link = Link::open(socket, places.timeout, qmp::GREETING_TIMEOUT)?;
+        let rundir = RunDir::create(&places.runtime)?;
+        let peer = link.peer()?;
+        rundir.give_to(peer.uid, peer.gid)?;
+        let monitor = link.monitor()?;
+        let name = monitor.name()?;
+        let uuid = Some(monitor.uuid()?).filter(|u| !u.trim_matches(['0', '-']).is_empty());
+        let name = places.domain.clone().or(name);
+        let info = DomainInfo {
+            key: match (&places.domain, &uuid, &name) {
+                (Some(word), _, _) | (None, Some(word), _) | (None, None, Some(word)) => {
+                    file_name(word)
+                }
+                // Without any identity the socket's path is what stays the same.
+                (None, None, None) => path_name(&path),
+            },
+            name: name.unwrap_or_else(|| "qemu".to_owned()),
+            uuid,
+        };
+        Ok(Self::new(link, Roots::Drives, rundir, places, info, None))
+    }
+
+    /// Over a monitor that is connected; `daemon` is the process behind it where that is ours.
+    pub(super) fn new(
+        link: Link,
+        roots: Roots,
+        rundir: RunDir,
+        places: &Places,
+        info: DomainInfo,
+        daemon: Option<Daemon>,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            link,
+            roots,
+            places: places.clone(),
+            server: Server::default(),
+            rundir,
+            seen: Mutex::default(),
+            sessions: Mutex::default(),
+        });
+        let guard = guard::Guard::start(&shared);
+        Self {
+            shared,
+            info,
+            guard: Mutex::new(Some(guard)),
+            daemon: Mutex::new(daemon),
+        }
+    }
+}
+
+impl Shared {
+    /// Takes apart what is left of backups that are over: whose begin failed while QEMU did not
+    /// answer, or whose end did.
+    fn settle(&self) -> Result<()> {
+        let sessions = self.sessions.lock().clone();
+        let mut over = sessions.iter().filter(|s| s.failure().is_some());
+        over.try_for_each(|s| s.end(self))
+    }
+
+    /// Looks at the block graph.
+    fn look(&self) -> Result<Vec<DiskNode>> {
+        let monitor = self.link.monitor()?;
+        let nodes = monitor.nodes()?;
+        let found = match &self.roots {
+            Roots::Drives => disks::of_drives(&monitor.drives()?, &nodes, |node| {
+                // While a backup runs, its filter is what the drive sees.
+                let sessions = self.sessions.lock();
+                sessions.iter().find_map(|s| s.below(node))
+            }),
+            Roots::Nodes(wanted) => disks::of_nodes(wanted, &nodes),
+        };
+        self.seen.lock().clone_from(&found);
+        Ok(found)
+    }
+
+    /// The node of a disk as last seen.
+    fn node(&self, target: &str) -> Result<DiskNode> {
+        let seen = self.seen.lock();
+        let node = seen.iter().find(|d| d.disk.target == target);
+        node.cloned()
+            .ok_or_else(|| Error::new(Kind::NotFound, format!("the domain has no disk {target}")))
+    }
+
+    /// The part of a transaction that makes a checkpoint.
+    fn checkpoint_actions(&self, new: &NewCheckpoint) -> Result<Vec<Value>> {
+        let mut actions = Vec::new();
+        for bitmap in &new.bitmaps {
+            let node = self.node(&bitmap.target)?.node;
+            actions.push(action(
+                "block-dirty-bitmap-add",
+                json!({"node": node, "name": bitmap.bitmap, "persistent": true}),
+            ));
+            if let Some(stop) = &bitmap.stop {
+                let data = json!({"node": node, "name": stop});
+                actions.push(action("block-dirty-bitmap-disable", data));
+            }
+        }
+        Ok(actions)
+    }
+
+    /// The transaction that forgets a checkpoint: what records again does so before the merge, and
+    /// nothing is removed before it was merged.
+    fn removal_actions(&self, removal: &CheckpointRemoval) -> Result<Vec<Value>> {
+        let mut actions = Vec::new();
+        for bitmap in &removal.bitmaps {
+            let node = self.node(&bitmap.target)?.node;
+            if let Some(parent) = &bitmap.merge_into {
+                if bitmap.resume {
+                    let data = json!({"node": node, "name": parent});
+                    actions.push(action("block-dirty-bitmap-enable", data));
+                }
+                actions.push(action(
+                    "block-dirty-bitmap-merge",
+                    json!({"node": node, "target": parent, "bitmaps": [bitmap.bitmap]}),
+                ));
+            }
+            let data = json!({"node": node, "name": bitmap.bitmap});
+            actions.push(action("block-dirty-bitmap-remove", data));
+        }
+        Ok(actions)
+    }
+}
+
+/// An action of a transaction.
+fn action(kind: &str, data: Value) -> Value {
+    json!({"type": kind, "data": data})
+}
+
+/// A name for a directory.
+pub(super) fn file_name(text: &str) -> String {
+    let clean = names::plain(text);
+    match clean.trim_start_matches('.') {
+        "" => "domain".to_owned(),
+        name => name.chars().take(200).collect(),
+    }
+}
+
+/// A name for a path's directory: the last part, for people, and a checksum of the whole, since other
+/// paths have the same last part.
+pub(super) fn path_name(path: &Path) -> String {
+    // FNV-1a; the name must stay the same for ever, which the standard hashers do not promise.
+    let mut sum: u64 = 0xcbf2_9ce4_8422_2325;
+    for byte in path.as_os_str().as_encoded_bytes() {
+        sum = (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let last = path.file_name().unwrap_or_default().to_string_lossy();
+    format!("{}-{sum:016x}", file_name(&last))
+}
+
+impl Backend for Qemu {
+    fn info(&self) -> DomainInfo {
+        self.info.clone()
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.shared.link.failure()
+    }
+
+    fn tidy(&self) -> Result<()> {
+        let shared = &self.shared;
+        let monitor = shared.link.monitor()?;
+        let ours = |name: &str| name.starts_with(PREFIX);
+        for export in monitor.exports()?.iter().filter(|e| ours(&e.id)) {
+            log::warn!("removing export {}, left by a killed fleecefs", export.id);
+            monitor.export_del(&export.id)?;
+        }
+        for job in monitor.jobs()?.iter().filter(|j| ours(&j.id)) {
+            log::warn!("ending job {}, left by a killed fleecefs", job.id);
+            match job.id.ends_with("new") {
+                true => monitor.discard_create(&job.id)?,
+                false => drop(monitor.job_cancel(&job.id)?),
+            }
+        }
+        let left: Vec<String> = monitor
+            .nodes()?
+            .into_iter()
+            .filter_map(|n| n.node_name.filter(|name| ours(name)))
+            .collect();
+        // What uses another node goes before it.
+        for role in ["acc", "over", "file"] {
+            for node in left.iter().filter(|n| n.ends_with(role)) {
+                log::warn!("removing node {node}, left by a killed fleecefs");
+                monitor.blockdev_del(node)?;
+            }
+        }
+        scratch::sweep(&shared.places.scratch, &shared.places.runtime);
+        let peer = shared.link.peer()?;
+        for dir in rundir::dead(&shared.places.runtime) {
+            match rundir::noted_pid(&dir, "nbd-server") {
+                Some(pid) if pid == peer.pid => {
+                    log::warn!("stopping the NBD server left by a killed fleecefs");
+                    // It may have ended by itself, with a QEMU that was restarted.
+                    if let Err(e) = monitor.nbd_server_stop() {
+                        log::warn!("{e}");
+                    }
+                }
+                // Another domain's QEMU, which its own next mount will look after.
+                Some(pid) if std::path::Path::new(&format!("/proc/{pid}")).exists() => continue,
+                _ => {}
+            }
+            let _ = std::fs::remove_dir_all(&dir);
+        }
+        Ok(())
+    }
+
+    fn disks(&self) -> Result<Vec<Disk>> {
+        Ok(self.shared.look()?.into_iter().map(|d| d.disk).collect())
+    }
+
+    fn create_checkpoint(&self, new: &NewCheckpoint) -> Result<()> {
+        let actions = self.shared.checkpoint_actions(new)?;
+        self.shared.link.monitor()?.transaction(actions)
+    }
+
+    fn delete_checkpoint(&self, removal: &CheckpointRemoval) -> Result<()> {
+        let actions = self.shared.removal_actions(removal)?;
+        self.shared.link.monitor()?.transaction(actions)
+    }
+
+    fn begin(&self, plan: &BackupPlan) -> Result<Box<dyn Frozen>> {
+        Ok(Box::new(freeze::freeze(&self.shared, plan)?))
+    }
+
+    fn close(&self) -> Result<()> {
+        drop(self.guard.lock().take());
+        let mut result = Ok(());
+        // Sessions that could not be ended before get one more chance.
+        let left = self.shared.sessions.lock().clone();
+        for session in left {
+            result = result.and(session.end(&self.shared));
+        }
+        if let Some(daemon) = self.daemon.lock().take() {
+            result = result.and(daemon.quit(&self.shared.link, self.shared.places.timeout));
+        }
+        self.shared.link.close();
+        self.shared.rundir.remove();
+        result
+    }
+}

@@ -1,0 +1,214 @@
+//! A private directory for sockets, and what killed processes left beside it.
+//!
+//! Each mount makes `RUNTIME/<id>`, mode 0700 and owned by QEMU's user, so that QEMU and root can
+//! enter and nobody else: QEMU gives its NBD socket mode 0777 minus its umask. The directory's lock
+//! is held as long as the process lives; a directory whose lock is free belongs to a dead one.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::hash::{BuildHasher, Hasher};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::model::{Error, Kind, Result};
+
+/// `sun_path` holds 108 bytes with the final zero.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// A live process' directory; removed when dropped.
+#[derive(Debug)]
+pub(crate) struct RunDir {
+    path: PathBuf,
+    id: String,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Makes a new one below `parent`.
+    pub(crate) fn create(parent: &Path) -> Result<Self> {
+        let failed = |e: io::Error| {
+            Error::new(
+                Kind::Io,
+                format!(
+                    "cannot make a directory for sockets in {}: {e}",
+                    parent.display()
+                ),
+            )
+            .hint("choose another with -o runtime=DIR")
+        };
+        make_passable(parent).map_err(failed)?;
+        let id = random_id();
+        let path = parent.join(&id);
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(failed)?;
+        let lock = OpenOptions::new()
+            .create_new(true)
+            .write(true)
+            .mode(0o600)
+            .open(path.join("lock"))
+            .and_then(|lock| match lock.try_lock() {
+                Ok(()) => Ok(lock),
+                Err(e) => Err(e.into()),
+            })
+            .map_err(failed)?;
+        let dir = Self {
+            path,
+            id,
+            _lock: lock,
+        };
+        // Longest name of a socket in it.
+        let socket = dir.path.join("nbd.sock");
+        if socket.as_os_str().len() > SOCKET_PATH_MAX {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!(
+                    "{} is too long for a socket: {SOCKET_PATH_MAX} bytes at most",
+                    socket.display()
+                ),
+            )
+            .hint("choose a shorter directory with -o runtime=DIR"));
+        }
+        Ok(dir)
+    }
+
+    /// Six hexadecimal digits, unlike those of any other live mount.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the directory to QEMU's user.
+    pub(crate) fn give_to(&self, uid: u32, gid: u32) -> Result<()> {
+        give_to(&self.path, uid, gid)
+    }
+
+    /// Notes that the NBD server of the QEMU with this process id is ours to stop.
+    pub(crate) fn note_server(&self, pid: i32) {
+        // Without the note a killed fleecefs leaves a server behind; no reason to fail now.
+        if let Err(e) = fs::write(self.path.join("nbd-server"), pid.to_string()) {
+            log::warn!("cannot note the NBD server in {}: {e}", self.path.display());
+        }
+    }
+
+    pub(crate) fn forget_server(&self) {
+        for name in ["nbd-server", "nbd.sock"] {
+            let _ = fs::remove_file(self.path.join(name));
+        }
+    }
+
+    /// Removes it with all that is in it. Does nothing the second time.
+    pub(crate) fn remove(&self) {
+        if let Err(e) = fs::remove_dir_all(&self.path)
+            && e.kind() != ErrorKind::NotFound
+        {
+            log::warn!("cannot remove {}: {e}", self.path.display());
+        }
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// The directories of dead processes below `parent`.
+pub(crate) fn dead(parent: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).filter(|p| is_dead(p)).collect()
+}
+
+/// Whether the process with this id is dead, as far as `parent` tells.
+pub(crate) fn is_dead_id(parent: &Path, id: &str) -> bool {
+    let path = parent.join(id);
+    !path.exists() || is_dead(&path)
+}
+
+fn is_dead(path: &Path) -> bool {
+    // No lock file: made this moment, or not one of these directories.
+    let lock = OpenOptions::new().write(true).open(path.join("lock"));
+    lock.is_ok_and(|lock| lock.try_lock().is_ok())
+}
+
+/// The process id in a note such as `nbd-server`.
+pub(crate) fn noted_pid(dir: &Path, name: &str) -> Option<i32> {
+    fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
+}
+
+/// Makes a directory, and its parents, that all may pass through and only its owner may list; one that
+/// is there already stays as it is.
+pub fn make_passable(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        make_passable(parent)?;
+    }
+    match DirBuilder::new().mode(0o711).create(path) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        // The umask may have taken the others' right to pass.
+        Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o711)),
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes `path` QEMU's own. Only root can give things away.
+pub(crate) fn give_to(path: &Path, uid: u32, gid: u32) -> Result<()> {
+    let same = fs::metadata(path).is_ok_and(|m| m.uid() == uid);
+    if same {
+        return Ok(());
+    }
+    std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(|e| {
+        Error::new(
+            Kind::NotPermitted,
+            format!(
+                "QEMU runs as user {uid}, and {} cannot be given to it: {e}",
+                path.display()
+            ),
+        )
+        .hint("run fleecefs as root, or as QEMU's user")
+    })
+}
+
+fn random_id() -> String {
+    // The standard library seeds this from the system's random numbers.
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    format!("{:06x}", random & 0xff_ffff)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dead_are_told_from_the_living() {
+        let parent = tempfile::tempdir().unwrap();
+        let alive = RunDir::create(parent.path()).unwrap();
+        let killed = RunDir::create(parent.path()).unwrap();
+        let path = killed.path.clone();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
+        drop(File::open(path.join("lock")).unwrap());
+        let RunDir { _lock, .. } = &killed;
+        _lock.unlock().unwrap(); // what the kernel does for a killed process
+        fs::create_dir(parent.path().join("foreign")).unwrap();
+        assert_eq!(dead(parent.path()), [path]);
+        assert!(!is_dead_id(parent.path(), alive.id()));
+        let path = alive.path.clone();
+        drop(alive);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let long = parent.path().join("x".repeat(100));
+        let error = RunDir::create(&long).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert_eq!(fs::read_dir(&long).unwrap().count(), 0);
+    }
+}

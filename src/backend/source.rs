@@ -1,0 +1,58 @@
+//! What can be mounted, and how to get at it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::qemu::Qemu;
+use super::{Backend, storage_daemon};
+use crate::model::{Error, Kind, Result};
+
+/// Something whose disks can be mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Images of a stopped domain, in the order of its disks.
+    Images(Vec<PathBuf>),
+    /// The QMP socket of a running QEMU.
+    Qmp(PathBuf),
+}
+
+/// Where a backend may put things, and how long it waits.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Deadline of every wait for the domain.
+    pub timeout: Duration,
+    /// Directory for sockets; a private directory is made below it.
+    pub runtime: PathBuf,
+    /// Directory for scratch space, where what the guest overwrites is kept while a backup runs.
+    pub scratch: PathBuf,
+    /// Bytes of scratch space that one backup may take.
+    pub scratch_limit: Option<u64>,
+    /// Image format of [`Source::Images`], where it is not to be told from the file.
+    pub format: Option<String>,
+    /// Name of the domain, where the source has none; it also names the state directory.
+    pub domain: Option<String>,
+}
+
+impl Source {
+    /// Reads the command line's words: `qmp:PATH`, or one or more paths of images.
+    pub fn parse(words: &[String]) -> Result<Self> {
+        let invalid = |message: String| Err(Error::new(Kind::Invalid, message));
+        match words {
+            [] => invalid("no source given".to_owned()),
+            [one] if one.starts_with("qmp:") => Ok(Self::Qmp(PathBuf::from(&one[4..]))),
+            many => match many.iter().find(|w| w.starts_with("qmp:")) {
+                Some(word) => invalid(format!("{word} must be the only source")),
+                None => Ok(Self::Images(many.iter().map(PathBuf::from).collect())),
+            },
+        }
+    }
+
+    /// Connects to the domain. Nothing of it is changed yet.
+    pub fn open(&self, places: &Places) -> Result<Arc<dyn Backend>> {
+        Ok(Arc::new(match self {
+            Self::Images(images) => storage_daemon::open(images, places)?,
+            Self::Qmp(socket) => Qemu::connect(socket.clone(), places)?,
+        }))
+    }
+}
