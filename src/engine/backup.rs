@@ -1,0 +1,275 @@
+//! A running backup: frozen disks, their maps made once, and reads that ask the domain only for
+//! what is not known to be zeros.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+use super::once::Once;
+use crate::backend::Frozen;
+use crate::model::{
+    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, Kind, Name, Result,
+};
+use crate::view;
+
+/// A checkpoint that a backup can list the changes since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Since {
+    /// The checkpoint's number ([`CheckpointEntry::id`](super::CheckpointEntry::id)).
+    pub id: u32,
+    /// Its name when the backup began.
+    pub name: Name,
+}
+
+/// The domain's disks at one instant.
+pub struct Backup {
+    pub(super) id: JobId,
+    pub(super) name: Name,
+    pub(super) begun: SystemTime,
+    pub(super) base: Option<Since>,
+    /// The backup's checkpoint as it was at the instant: it may be renamed or deleted later.
+    pub(super) checkpoint: Option<Checkpoint>,
+    /// The domain's disks as they were at the instant.
+    pub(super) domain_disks: Vec<Disk>,
+    pub(super) since: Vec<Since>,
+    pub(super) disks: Vec<BackupDisk>,
+    pub(super) frozen: Box<dyn Frozen>,
+}
+
+/// One disk of a backup.
+pub struct BackupDisk {
+    pub(super) target: String,
+    pub(super) size: u64,
+    pub(super) format: String,
+    /// Why the disk is not part of the backup's checkpoint, if it is not.
+    pub(super) note: Option<String>,
+    /// Why the base, and what came before it, cannot be trusted on this disk.
+    pub(super) broken: Option<String>,
+    /// The trusted checkpoints, oldest first, with their bitmaps; the last one recorded up to the
+    /// instant, and its content is in the frozen copy.
+    pub(super) links: Vec<(u32, String)>,
+    pub(super) allocation: Once<Extents<Allocation>>,
+    pub(super) changes: Mutex<HashMap<u32, Arc<Once<Extents<Change>>>>>,
+}
+
+impl BackupDisk {
+    /// The disk target.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Format of the image in QEMU's words.
+    pub fn format(&self) -> &str {
+        &self.format
+    }
+
+    /// Why the disk is not part of the backup's checkpoint, if it is not.
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    /// Why older checkpoints cannot be trusted on this disk, if they cannot.
+    pub fn broken(&self) -> Option<&str> {
+        self.broken.as_deref()
+    }
+
+    /// Whether the changes since the checkpoint of this number are known on this disk.
+    pub fn knows_since(&self, checkpoint: u32) -> bool {
+        self.links.iter().any(|&(id, _)| id == checkpoint)
+    }
+}
+
+impl Backup {
+    /// The job id.
+    pub fn id(&self) -> JobId {
+        self.id
+    }
+
+    /// The backup's name.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// The frozen instant; equals its checkpoint's creation time if it made one.
+    pub fn begun(&self) -> SystemTime {
+        self.begun
+    }
+
+    /// The newest checkpoint before the backup's own.
+    pub fn base(&self) -> Option<&Since> {
+        self.base.as_ref()
+    }
+
+    /// The backup's own checkpoint.
+    pub fn checkpoint(&self) -> Option<&Name> {
+        self.checkpoint.as_ref().map(|c| &c.name)
+    }
+
+    /// The backup's own checkpoint as it was at the instant.
+    pub fn checkpoint_record(&self) -> Option<&Checkpoint> {
+        self.checkpoint.as_ref()
+    }
+
+    /// The domain's disks as they were at the instant.
+    pub fn domain_disks(&self) -> &[Disk] {
+        &self.domain_disks
+    }
+
+    /// Every checkpoint that can be trusted on at least one disk, oldest first.
+    pub fn since(&self) -> &[Since] {
+        &self.since
+    }
+
+    /// The disks, in the domain's order.
+    pub fn disks(&self) -> &[BackupDisk] {
+        &self.disks
+    }
+
+    /// Why the backup ended by itself, if it did.
+    pub fn failure(&self) -> Option<Error> {
+        self.frozen.failure()
+    }
+
+    /// Bytes fetched from the domain so far, all disks.
+    pub fn bytes_pulled(&self) -> u64 {
+        self.frozen.disks().iter().map(|d| d.bytes_pulled()).sum()
+    }
+
+    /// Bytes of scratch space taken so far.
+    pub fn scratch_used(&self) -> u64 {
+        self.frozen.scratch_used()
+    }
+
+    /// Bytes of scratch space the backup may take, where that is limited.
+    pub fn scratch_limit(&self) -> Option<u64> {
+        self.frozen.scratch_limit()
+    }
+
+    /// What each part of a disk is; asked of the domain once.
+    pub fn allocation(&self, disk: usize) -> Result<Arc<Extents<Allocation>>> {
+        let (own, frozen) = self.disk(disk)?;
+        own.allocation.get(|| {
+            let map = frozen.allocation().map_err(|e| self.during(own, e))?;
+            self.whole(own, map)
+        })
+    }
+
+    /// What each part of a disk is, if the domain has been asked already. Never waits.
+    pub fn known_allocation(&self, disk: usize) -> Option<Arc<Extents<Allocation>>> {
+        self.disks.get(disk)?.allocation.known()
+    }
+
+    /// What became of each part of a disk since a checkpoint; asked of the domain once.
+    pub fn changes(&self, disk: usize, checkpoint: u32) -> Result<Arc<Extents<Change>>> {
+        let (own, frozen) = self.disk(disk)?;
+        let Some(place) = own.links.iter().position(|&(id, _)| id == checkpoint) else {
+            return Err(self.no_history(own));
+        };
+        let cell = Arc::clone(
+            own.changes
+                .lock()
+                .entry(checkpoint)
+                .or_insert_with(|| Arc::new(Once::new())),
+        );
+        cell.get(|| {
+            // The newest link is left to the frozen copy: the bitmap itself may go on recording.
+            let older = &own.links[place..own.links.len() - 1];
+            let bitmaps: Vec<String> = older.iter().map(|l| l.1.clone()).collect();
+            let dirty = frozen.changed(&bitmaps).map_err(|e| self.during(own, e))?;
+            let dirty = self.whole(own, dirty)?;
+            Ok(view::changes(&dirty, &*self.allocation(disk)?))
+        })
+    }
+
+    /// What became of each part of a disk since the backup's base. Without a base everything
+    /// counts as changed; where the base cannot be trusted on this disk, ESTALE.
+    pub fn changes_since_base(&self, disk: usize) -> Result<Arc<Extents<Change>>> {
+        let (own, _) = self.disk(disk)?;
+        match &self.base {
+            Some(base) if own.knows_since(base.id) => self.changes(disk, base.id),
+            Some(_) if own.broken.is_some() => Err(self.no_history(own)),
+            _ => {
+                let everything = Extents::uniform(own.size, true);
+                Ok(Arc::new(view::changes(
+                    &everything,
+                    &*self.allocation(disk)?,
+                )))
+            }
+        }
+    }
+
+    /// How many zeros a read of `length` bytes gets, if it is known already that it gets nothing else.
+    /// Never waits.
+    pub fn zeros_at(&self, disk: usize, offset: u64, length: usize) -> Option<usize> {
+        let map = self.known_allocation(disk)?;
+        if self.frozen.failure().is_some() || !view::raw::is_zero(&map, offset, length as u64) {
+            return None;
+        }
+        let left = map.size().saturating_sub(offset);
+        Some(usize::try_from(left).map_or(length, |left| left.min(length)))
+    }
+
+    /// Reads up to the end of `buf` or of the disk; the count of bytes read.
+    pub fn read_at(&self, disk: usize, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let (own, frozen) = self.disk(disk)?;
+        if let Some(failure) = self.frozen.failure() {
+            return Err(failure.during(format!("backup {}, disk {}", self.name, own.target)));
+        }
+        let left = own.size.saturating_sub(offset);
+        let length = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
+        let map = self.allocation(disk)?;
+        view::raw::read(&map, offset, &mut buf[..length], |at, part| {
+            frozen.read_at(at, part).map_err(|e| {
+                let what = format!("{} bytes at {at}", part.len());
+                self.during(own, e.during(what))
+            })
+        })?;
+        Ok(length)
+    }
+
+    /// A map that does not end where the disk ends would make offsets lie.
+    fn whole<K: Copy + PartialEq>(&self, disk: &BackupDisk, map: Extents<K>) -> Result<Extents<K>> {
+        if map.size() == disk.size {
+            return Ok(map);
+        }
+        let message = format!("the map covers {} of {} bytes", map.size(), disk.size);
+        Err(self.during(disk, Error::new(Kind::Io, message)))
+    }
+
+    fn disk(&self, index: usize) -> Result<(&BackupDisk, &dyn crate::backend::FrozenDisk)> {
+        let own = self.disks.get(index);
+        let frozen = self.frozen.disks().get(index);
+        own.zip(frozen).map(|(o, f)| (o, &**f)).ok_or_else(|| {
+            Error::new(
+                Kind::NotFound,
+                format!("backup {} has no disk number {index}", self.name),
+            )
+        })
+    }
+
+    fn no_history(&self, disk: &BackupDisk) -> Error {
+        let why = disk
+            .broken
+            .as_deref()
+            .unwrap_or("the checkpoint does not cover this disk");
+        Error::new(
+            Kind::Stale,
+            format!(
+                "backup {}, disk {}: not all changes are known: {why}",
+                self.name, disk.target
+            ),
+        )
+        .hint("copy the whole disk this time")
+    }
+
+    fn during(&self, disk: &BackupDisk, error: Error) -> Error {
+        error.during(format!("backup {}, disk {}", self.name, disk.target))
+    }
+}

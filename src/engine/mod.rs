@@ -1,0 +1,24 @@
+//! Life cycles: what it takes to make, use and end checkpoints and backups of one domain.
+//!
+//! ```text
+//!   Domain ──┬── Store      what is remembered of checkpoints, on disk
+//!            ├── history    which checkpoints can be trusted, on which disk; pure
+//!            ├── Backup     frozen disks and their maps, made once
+//!            └── Backend    the domain itself
+//! ```
+//!
+//! Changes go one at a time, under one lock; looking and reading take no part in it, so a slow
+//! domain never holds up `ls` or a read of another backup.
+
+mod backup;
+mod domain;
+mod history;
+mod once;
+mod recovery;
+mod status;
+mod store;
+
+pub use backup::{Backup, BackupDisk, Since};
+pub use domain::{CheckpointEntry, Domain, Options};
+pub use status::{CheckpointStatus, DiskStatus};
+pub use store::Store;

@@ -1,0 +1,61 @@
+//! After a change whose outcome is unknown: the answer was lost, or fleecefs was killed.
+
+use super::history;
+use super::store::{Pending, Record, Store};
+use crate::backend::Backend;
+use crate::model::{Checkpoint, Name, Result};
+
+/// Undoes or completes a change whose outcome is unknown, by looking at the domain.
+///
+/// A checkpoint that was being made is removed again if its bitmaps are there: whoever asked for it
+/// got an error, or no answer. One that was being deleted is gone if its bitmaps are; QEMU's
+/// transactions do all or nothing, so any one bitmap tells.
+pub(super) fn recover(backend: &dyn Backend, store: &Store, record: &mut Record) -> Result<()> {
+    let Some(pending) = record.pending.clone() else {
+        return Ok(());
+    };
+    let disks = backend.disks()?;
+    let present = |c: &Checkpoint| {
+        c.disks.iter().any(|entry| {
+            let disk = disks.iter().find(|d| d.target == entry.target);
+            disk.is_some_and(|d| d.bitmaps.iter().any(|b| b.name == entry.bitmap))
+        })
+    };
+    match pending {
+        Pending::Create(checkpoint) => {
+            if present(&checkpoint) {
+                log::warn!(
+                    "undoing checkpoint {}, which was left half made",
+                    checkpoint.name
+                );
+                let mut all: Vec<&Checkpoint> = record.checkpoints.iter().collect();
+                all.push(&checkpoint);
+                let removal = history::removal(&all, all.len() - 1, &disks);
+                backend.delete_checkpoint(&removal)?;
+            }
+        }
+        Pending::Delete(name) => {
+            let known = record.checkpoints.iter().find(|c| c.name == name);
+            if known.is_some_and(|c| !present(c)) {
+                log::warn!("checkpoint {name} was being deleted, and is gone");
+                forget(record, &name);
+            }
+        }
+    }
+    record.pending = None;
+    store.save(record)
+}
+
+/// Takes a checkpoint out of the record; its children become its parent's.
+pub(super) fn forget(record: &mut Record, name: &Name) {
+    record.pending = None;
+    let Some(place) = record.checkpoints.iter().position(|c| c.name == *name) else {
+        return;
+    };
+    let gone = record.checkpoints.remove(place);
+    for checkpoint in &mut record.checkpoints {
+        if checkpoint.parent.as_ref() == Some(name) {
+            checkpoint.parent.clone_from(&gone.parent);
+        }
+    }
+}

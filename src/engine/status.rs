@@ -1,0 +1,67 @@
+//! How a checkpoint stands now, disk by disk.
+
+use super::history::Chain;
+use crate::model::{Checkpoint, CheckpointDisk, Disk};
+
+/// How a checkpoint stands, disk by disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointStatus {
+    /// The disks that the checkpoint covers.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// How a checkpoint stands on one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskStatus {
+    /// It can be trusted.
+    Trusted {
+        /// The disk target.
+        target: String,
+        /// Its own bitmap records (it is the newest); otherwise a later one does.
+        recording: bool,
+        /// Bytes changed since, at most: bitmaps that overlap are counted twice.
+        changed_at_most: u64,
+    },
+    /// It can no longer be trusted.
+    Broken {
+        /// The disk target.
+        target: String,
+        /// Why not.
+        why: String,
+    },
+    /// The domain has no such disk now.
+    Absent {
+        /// The disk target.
+        target: String,
+    },
+}
+
+/// How one disk of the checkpoint at `place` stands.
+pub(super) fn disk_status(
+    entry: &CheckpointDisk,
+    place: usize,
+    disks: &[Disk],
+    all: &[&Checkpoint],
+) -> DiskStatus {
+    let target = entry.target.clone();
+    let Some(disk) = disks.iter().find(|d| d.target == target) else {
+        return DiskStatus::Absent { target };
+    };
+    let chain = Chain::of(disk, all);
+    let Some(first) = chain.links.iter().position(|l| l.0 == place) else {
+        let why = chain.broken.unwrap_or_else(|| "unknown".to_owned());
+        return DiskStatus::Broken { target, why };
+    };
+    let dirty = |name: &String| disk.bitmaps.iter().find(|b| b.name == *name);
+    let links = &chain.links[first..];
+    let sum: u64 = links
+        .iter()
+        .filter_map(|l| dirty(&l.1))
+        .map(|b| b.dirty_bytes)
+        .sum();
+    DiskStatus::Trusted {
+        target,
+        recording: links.len() == 1,
+        changed_at_most: sum.min(disk.size),
+    }
+}
