@@ -1,0 +1,203 @@
+//! Attributes: truthful sizes, blocks, times and link counts.
+
+use std::time::{Duration, SystemTime};
+
+use super::node::{FileKind, Ino, Node};
+use super::types::{Ask, Attr, FOREVER, Found, SHORTLY};
+use super::{Vfs, refusals};
+use crate::engine::Backup;
+use crate::model::{Kind, Result};
+use crate::view;
+
+/// Size and blocks, and how long they hold.
+struct Extent {
+    size: u64,
+    blocks: u64,
+    ttl: Duration,
+}
+
+impl Extent {
+    fn text(length: usize, ttl: Duration) -> Self {
+        let size = length as u64;
+        Self {
+            size,
+            blocks: size.div_ceil(512),
+            ttl,
+        }
+    }
+}
+
+impl Vfs {
+    /// The attributes of a file, and how long they hold. Asks the domain where
+    /// [`asks`](Self::asks) says so.
+    pub fn getattr(&self, ino: Ino) -> Result<(Attr, Duration)> {
+        let node = Self::node(ino)?;
+        let attr = self.attributes(node, true);
+        self.noted(|| format!("stat {}", self.path(node)), attr)
+    }
+
+    /// Whether an operation may have to ask the domain, and so may take up to its deadline.
+    /// Never waits itself.
+    pub fn asks(&self, ino: Ino, operation: Ask) -> bool {
+        let Ok(node) = Self::node(ino) else {
+            return false;
+        };
+        match (node, operation) {
+            (Node::Raw(job, disk), Ask::Attributes | Ask::Seek) => self
+                .backup(job)
+                .is_ok_and(|b| b.known_allocation(disk.into()).is_none()),
+            (
+                Node::Map(..) | Node::DirtyMap(_) | Node::SinceMap(..),
+                Ask::Attributes | Ask::Open,
+            ) => self.texts.known(node).is_none(),
+            (Node::DomainXml | Node::CheckpointStatus(_), Ask::Open) => true,
+            _ => false,
+        }
+    }
+
+    /// A node with what is known of it.
+    pub(super) fn found(&self, node: Node) -> Result<Found> {
+        let (attr, attr_ttl) = self.attributes(node, false)?;
+        Ok(Found {
+            attr,
+            attr_ttl,
+            name_ttl: Self::name_ttl(node),
+        })
+    }
+
+    fn attributes(&self, node: Node, ask: bool) -> Result<(Attr, Duration)> {
+        let kind = node.kind();
+        let perm = match (kind, self.facts.allow_other) {
+            (FileKind::Symlink, _) => 0o777,
+            (FileKind::Directory, false) => 0o700,
+            (FileKind::Directory, true) => 0o755,
+            (FileKind::File, false) => 0o400,
+            (FileKind::File, true) => 0o444,
+        };
+        let extent = self.extent(node, ask)?;
+        let attr = Attr {
+            ino: node.ino()?,
+            size: extent.size,
+            blocks: extent.blocks,
+            mtime: self.mtime(node)?,
+            kind,
+            perm,
+            nlink: self.links(node)?,
+            uid: self.facts.uid,
+            gid: self.facts.gid,
+        };
+        Ok((attr, extent.ttl))
+    }
+
+    fn extent(&self, node: Node, ask: bool) -> Result<Extent> {
+        Ok(match node {
+            Node::Raw(job, disk) => raw_extent(&*self.backup(job)?, disk.into(), ask)?,
+            Node::Map(job, _) | Node::DirtyMap(job) | Node::SinceMap(job, ..) => {
+                self.backup(job)?;
+                let text = match self.texts.known(node) {
+                    None if ask => self.text(node).map(Some),
+                    known => Ok(known),
+                };
+                match text {
+                    Ok(Some(text)) => Extent::text(text.len(), FOREVER),
+                    Ok(None) => Extent::text(0, Duration::ZERO),
+                    // That changes are not all known is for open(2) to say.
+                    Err(e) if e.kind() == Kind::Stale => Extent::text(0, Duration::ZERO),
+                    Err(e) => return Err(e),
+                }
+            }
+            // These change under the same number, and what they would say now is not worth a
+            // question: the size of the last text will do.
+            Node::DomainXml | Node::CheckpointStatus(_) => {
+                let length = self.texts.known(node).map_or(0, |text| text.len());
+                Extent::text(length, Duration::ZERO)
+            }
+            Node::Status | Node::LastError | Node::BackupStatus(_) | Node::CheckpointXml(_) => {
+                Extent::text(self.text(node)?.len(), Duration::ZERO)
+            }
+            Node::BackupXml(_) | Node::BackupCheckpointXml(_) | Node::BackupDomainXml(_) => {
+                Extent::text(self.text(node)?.len(), FOREVER)
+            }
+            Node::Parent(_) | Node::Child(..) => {
+                let size = self.readlink(node.ino()?)?.len() as u64;
+                Extent {
+                    size,
+                    blocks: 0,
+                    ttl: Duration::ZERO,
+                }
+            }
+            _ => Extent {
+                size: 0,
+                blocks: 0,
+                ttl: match (node, node.job()) {
+                    (Node::Checkpoints | Node::Backups, _) => Duration::ZERO,
+                    (_, Some(_)) => FOREVER,
+                    _ => SHORTLY,
+                },
+            },
+        })
+    }
+
+    fn mtime(&self, node: Node) -> Result<SystemTime> {
+        if let Some(job) = node.job() {
+            return Ok(match node {
+                Node::BackupStatus(_) => SystemTime::now(),
+                _ => self.backup(job)?.begun(),
+            });
+        }
+        Ok(match node {
+            Node::Checkpoints => self.changed.lock().checkpoints,
+            Node::Backups => self.changed.lock().backups,
+            Node::Status => SystemTime::now(),
+            Node::LastError => self.refusals.newest().unwrap_or(self.mounted),
+            Node::Checkpoint(c)
+            | Node::CheckpointXml(c)
+            | Node::CheckpointStatus(c)
+            | Node::Parent(c)
+            | Node::Children(c) => self.checkpoint(c)?.checkpoint.created,
+            Node::Child(_, child) => self.checkpoint(child)?.checkpoint.created,
+            _ => self.mounted,
+        })
+    }
+
+    fn links(&self, node: Node) -> Result<u32> {
+        let directories = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).saturating_add(2);
+        Ok(match node {
+            Node::Root => directories(2),
+            Node::Checkpoints => directories(self.domain.checkpoints().len()),
+            Node::Checkpoint(_) => directories(1),
+            Node::Backups => directories(self.domain.backups().len()),
+            Node::Backup(_) => directories(3),
+            Node::SinceDir(job) => directories(self.backup(job)?.since().len()),
+            // disk.raw and raw/<first disk>.raw
+            Node::Raw(_, 0) => 2,
+            _ if node.kind() == FileKind::Directory => directories(0),
+            _ => 1,
+        })
+    }
+}
+
+fn raw_extent(backup: &Backup, disk: usize, ask: bool) -> Result<Extent> {
+    let size = backup.disks().get(disk).map_or(0, |d| d.size());
+    let map = match backup.known_allocation(disk) {
+        None if ask => Some(backup.allocation(disk)?),
+        known => known,
+    };
+    Ok(match map {
+        Some(map) => Extent {
+            size,
+            blocks: view::raw::blocks(&map),
+            ttl: FOREVER,
+        },
+        None => Extent {
+            size,
+            blocks: size.div_ceil(512),
+            ttl: Duration::ZERO,
+        },
+    })
+}
+
+/// The instant in the two forms that `status` gives it in.
+pub(super) fn instant(time: SystemTime) -> (String, u64) {
+    (refusals::rfc3339(time), refusals::unix(time))
+}

@@ -1,0 +1,130 @@
+//! The tree as a file system: names, inode numbers, attributes, open files. In types of its own:
+//! it knows nothing of FUSE, and tests use it without a mount.
+//!
+//! ```text
+//!   node      inode numbers, computed                 tree     names: lookup, readdir, readlink
+//!   attr      getattr: sizes, blocks, times, links    open     open, read, lseek
+//!   change    mkdir, rmdir, and what is refused       text     what status, maps and XML say
+//!   refusals  last-error
+//! ```
+//!
+//! Two rules hold everywhere. What does not need the domain does not wait for it: looking up a
+//! name or listing a directory never asks, and [`Vfs::asks`] tells beforehand which other
+//! operation may. And what a file shows is fixed when it is opened: a reader never sees the half of
+//! one text and the half of another.
+
+mod attr;
+mod change;
+mod node;
+mod open;
+mod refusals;
+mod status;
+mod text;
+mod tree;
+mod types;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+pub use node::{FileKind, Ino, Node};
+pub use open::window;
+pub use types::{Ask, Attr, Caching, Change, DirEntry, Found, Handle, Opened, Seek};
+
+use crate::engine::{Backup, CheckpointEntry, Domain};
+use crate::model::{Error, Kind, Result};
+
+/// What the mount is, for `status` and for the owner of files.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Facts {
+    /// The source as it was given.
+    pub source: String,
+    /// The options in force, by name.
+    pub options: Vec<(String, String)>,
+    /// Owner of everything.
+    pub uid: u32,
+    /// Group of everything.
+    pub gid: u32,
+    /// Others may look and read; otherwise the owner only.
+    pub allow_other: bool,
+}
+
+/// The file system of one domain.
+pub struct Vfs {
+    domain: Arc<Domain>,
+    facts: Facts,
+    mounted: SystemTime,
+    /// When `checkpoints/` and `backups/` last changed.
+    changed: Mutex<Changed>,
+    refusals: refusals::Refusals,
+    texts: text::Texts,
+    files: open::Files,
+}
+
+struct Changed {
+    checkpoints: SystemTime,
+    backups: SystemTime,
+}
+
+impl Vfs {
+    /// The tree of `domain`.
+    pub fn new(domain: Arc<Domain>, facts: Facts) -> Self {
+        let mounted = SystemTime::now();
+        Self {
+            domain,
+            facts,
+            mounted,
+            changed: Mutex::new(Changed {
+                checkpoints: mounted,
+                backups: mounted,
+            }),
+            refusals: refusals::Refusals::default(),
+            texts: text::Texts::default(),
+            files: open::Files::default(),
+        }
+    }
+
+    /// The domain.
+    pub fn domain(&self) -> &Arc<Domain> {
+        &self.domain
+    }
+
+    /// What a number stands for, if it was ever given out.
+    fn node(ino: Ino) -> Result<Node> {
+        Node::of(ino).ok_or_else(|| {
+            Error::new(
+                Kind::NotFound,
+                format!("there is no inode number {}", ino.0),
+            )
+        })
+    }
+
+    fn backup(&self, job: u32) -> Result<Arc<Backup>> {
+        self.domain
+            .backup_by_id(job)
+            .ok_or_else(|| Error::new(Kind::NotFound, "the backup has ended"))
+    }
+
+    fn checkpoint(&self, id: u32) -> Result<Arc<CheckpointEntry>> {
+        self.domain
+            .checkpoint_by_id(id)
+            .ok_or_else(|| Error::new(Kind::NotFound, "the checkpoint was deleted"))
+    }
+
+    /// Passes a result on; a refusal is written down in `last-error` and the log first. That a
+    /// name is not there, or a file has no more data, is an answer and no refusal.
+    fn noted<T>(&self, operation: impl FnOnce() -> String, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && !matches!(error.kind(), Kind::NotFound | Kind::PastEnd)
+        {
+            self.refusals.note(&operation(), error);
+        }
+        result
+    }
+}
+
+/// Place of a disk as its inode number has it. Too many disks get a place that no number has.
+fn disk_index(place: usize) -> u16 {
+    u16::try_from(place).unwrap_or(u16::MAX)
+}

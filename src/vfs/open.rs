@@ -1,0 +1,165 @@
+//! Open files: what was opened stays what it was, also when the tree changes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::Vfs;
+use super::node::{FileKind, Ino, Node};
+use super::types::{Caching, DirEntry, Handle, Opened, Seek};
+use crate::engine::Backup;
+use crate::model::{Error, Kind, Result};
+use crate::view;
+
+/// What a directory held when reading it began.
+pub(super) type Listing = Mutex<Option<Arc<[DirEntry]>>>;
+
+enum File {
+    Disk(Arc<Backup>, usize),
+    Text(Arc<str>),
+    Directory(Node, Arc<Listing>),
+}
+
+/// What is open, by handle.
+#[derive(Default)]
+pub(super) struct Files {
+    last: AtomicU64,
+    open: RwLock<HashMap<Handle, Arc<File>>>,
+}
+
+impl Files {
+    fn insert(&self, file: File) -> Handle {
+        let handle = Handle(self.last.fetch_add(1, Ordering::Relaxed) + 1);
+        self.open.write().insert(handle, Arc::new(file));
+        handle
+    }
+
+    fn get(&self, handle: Handle) -> Result<Arc<File>> {
+        let open = self.open.read();
+        open.get(&handle)
+            .cloned()
+            .ok_or_else(|| Error::new(Kind::Io, "the file is not open"))
+    }
+
+    pub(super) fn open_directory(&self, node: Node) -> Handle {
+        self.insert(File::Directory(node, Arc::new(Mutex::new(None))))
+    }
+
+    pub(super) fn directory(&self, handle: Handle) -> Result<(Node, Arc<Listing>)> {
+        match &*self.get(handle)? {
+            File::Directory(node, listing) => Ok((*node, Arc::clone(listing))),
+            _ => Err(Error::new(Kind::NotADirectory, "not a directory")),
+        }
+    }
+}
+
+impl Vfs {
+    /// Opens a file for reading; its content is fixed from here on.
+    pub fn open(&self, ino: Ino) -> Result<Opened> {
+        let node = Self::node(ino)?;
+        let opened = self.open_node(node);
+        self.noted(|| format!("open {}", self.path(node)), opened)
+    }
+
+    fn open_node(&self, node: Node) -> Result<Opened> {
+        let (file, caching) = match node {
+            _ if node.kind() == FileKind::Directory => {
+                return Err(Error::new(Kind::IsADirectory, "is a directory"));
+            }
+            Node::Raw(job, disk) => {
+                let backup = self.backup(job)?;
+                (File::Disk(backup, disk.into()), Caching::Keep)
+            }
+            _ => {
+                let text = self.text(node)?;
+                (File::Text(text), super::text::caching(node))
+            }
+        };
+        Ok(Opened {
+            handle: self.files.insert(file),
+            caching,
+        })
+    }
+
+    /// Forgets a file or directory that was opened.
+    pub fn release(&self, handle: Handle) {
+        self.files.open.write().remove(&handle);
+    }
+
+    /// The whole content of an opened file, if that is a text. Never waits.
+    pub fn opened_text(&self, handle: Handle) -> Option<Arc<str>> {
+        match &*self.files.get(handle).ok()? {
+            File::Text(text) => Some(Arc::clone(text)),
+            _ => None,
+        }
+    }
+
+    /// How many zeros a read of a disk gets, if it is known already that it gets nothing else. Never
+    /// waits.
+    pub fn zeros(&self, handle: Handle, offset: u64, length: usize) -> Option<usize> {
+        match &*self.files.get(handle).ok()? {
+            File::Disk(backup, disk) => backup.zeros_at(*disk, offset, length),
+            _ => None,
+        }
+    }
+
+    /// Reads up to the end of `buf` or of the file; the count of bytes read. Waits for the domain
+    /// if the file is a disk.
+    pub fn read(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let file = self.files.get(handle)?;
+        match &*file {
+            File::Disk(backup, disk) => {
+                let read = backup.read_at(*disk, offset, buf);
+                self.noted(|| "read".to_owned(), read)
+            }
+            File::Text(text) => {
+                let part = window(text, offset, buf.len());
+                buf[..part.len()].copy_from_slice(part);
+                Ok(part.len())
+            }
+            File::Directory(..) => Err(Error::new(Kind::IsADirectory, "is a directory")),
+        }
+    }
+
+    /// SEEK_DATA and SEEK_HOLE: ENXIO at and past the end.
+    pub fn lseek(&self, handle: Handle, offset: i64, to: Seek) -> Result<i64> {
+        let past_end = || Error::new(Kind::PastEnd, "there is nothing at this offset");
+        let offset = u64::try_from(offset).map_err(|_| past_end())?;
+        let file = self.files.get(handle)?;
+        let found = match &*file {
+            File::Disk(backup, disk) => {
+                let size = backup.disks().get(*disk).map_or(0, |d| d.size());
+                if offset >= size {
+                    return Err(past_end());
+                }
+                let map = self.noted(|| "lseek".to_owned(), backup.allocation(*disk))?;
+                match to {
+                    Seek::Data => view::raw::seek_data(&map, offset),
+                    Seek::Hole => Some(view::raw::seek_hole(&map, offset)),
+                }
+            }
+            File::Text(text) => {
+                let end = text.len() as u64;
+                match to {
+                    _ if offset >= end => None,
+                    Seek::Data => Some(offset),
+                    Seek::Hole => Some(end),
+                }
+            }
+            File::Directory(..) => return Err(Error::new(Kind::Invalid, "is a directory")),
+        };
+        let found = found.ok_or_else(past_end)?;
+        i64::try_from(found).map_err(|_| past_end())
+    }
+}
+
+/// The bytes of a text that a read of `length` bytes at `offset` gets.
+pub fn window(text: &str, offset: u64, length: usize) -> &[u8] {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| text.as_bytes().get(offset..))
+        .unwrap_or_default();
+    &rest[..rest.len().min(length)]
+}

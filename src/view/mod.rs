@@ -1,0 +1,7 @@
+//! What a file shows: extents in, bytes out. Pure; nothing here asks anybody for anything.
+
+pub mod map;
+pub mod raw;
+pub mod yaml;
+
+pub use map::changes;
