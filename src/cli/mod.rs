@@ -1,0 +1,43 @@
+//! The command line: what is asked for, mounting, daemon life, unmounting.
+//!
+//! ```text
+//!   fleecefs mount ── daemon ──▶ starts itself again with --ready, waits for "ready", looks, returns
+//!                 └── serve  ──▶ source, state, domain, mount; waits for the end; ends everything
+//!   fleecefs umount ─▶ umount(2), waits until the daemon is gone
+//! ```
+
+mod args;
+mod daemon;
+mod logging;
+mod options;
+mod serve;
+mod umount;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        // Whoever started it says what went wrong, or its log does.
+        Command::Mount(mount) if mount.ready => {
+            return match serve::as_daemon(&mount) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
+        }
+        Command::Mount(mount) if mount.foreground => serve::in_foreground(&mount),
+        Command::Mount(mount) => daemon::start(&mount),
+        Command::Umount(umount) => umount::run(&umount),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("fleecefs: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
