@@ -1,0 +1,28 @@
+//! What the tests against real programs share: a QEMU, a mount, a model of a disk, and a QMP peer
+//! that misbehaves on demand. Nothing here uses the crate under test.
+
+#![allow(
+    dead_code,
+    unused_imports,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
+
+pub mod console;
+pub mod fault;
+pub mod image;
+pub mod model;
+pub mod mount;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod tools;
+
+pub use console::Console;
+pub use fault::{Fault, QmpFault};
+pub use model::{Disk, Marks, Rng, Write};
+pub use mount::Fleecefs;
+pub use qemu::{Qemu, State};
+pub use qmp::Qmp;
+pub use tools::{eventually, tool};

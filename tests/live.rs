@@ -1,0 +1,492 @@
+//! Checkpoints and backups of a real QEMU, through the library: no mount. The guest is paused or
+//! sits in its firmware; its writes are made for it, so that a model can be kept beside.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::tools::{self, need};
+use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
+use fleecefs::backend::{Places, Source};
+use fleecefs::engine::{Backup, Domain, Options, Store};
+use fleecefs::model::{Change, Kind, Name};
+
+const MIB: u64 = 1 << 20;
+const GRANULE: u64 = 65536;
+
+fn name(text: &str) -> Name {
+    Name::new(text).unwrap()
+}
+
+fn places(dir: &Path) -> Places {
+    Places {
+        timeout: Duration::from_secs(20),
+        runtime: dir.join("run"),
+        scratch: dir.join("scratch"),
+        scratch_limit: None,
+        format: None,
+        domain: None,
+    }
+}
+
+fn open(socket: &Path, places: &Places, dir: &Path) -> Domain {
+    let source = Source::Qmp(socket.to_owned());
+    let backend = source.open(places).unwrap();
+    let store = Store::open(&dir.join("state")).unwrap();
+    Domain::open(backend, store, Options::default()).unwrap()
+}
+
+fn content(backup: &Backup, disk: usize) -> Vec<u8> {
+    let size = backup.disks()[disk].size() as usize;
+    let mut bytes = vec![0xee; size];
+    // Odd pieces, so that reads do not begin or end with the granules.
+    let mut at = 0;
+    while at < size {
+        let end = (at + 777_777).min(size);
+        let read = backup
+            .read_at(disk, at as u64, &mut bytes[at..end])
+            .unwrap();
+        assert_eq!(read, end - at);
+        at = end;
+    }
+    bytes
+}
+
+/// Dirty extents since a checkpoint, as (offset, length), zeros or not.
+fn since(backup: &Backup, disk: usize, checkpoint: &str) -> Vec<(u64, u64)> {
+    let since = backup
+        .since()
+        .iter()
+        .find(|s| s.name.as_str() == checkpoint);
+    let map = backup.changes(disk, since.unwrap().id).unwrap();
+    let dirty = map.map(|change| change != Change::Clean);
+    let extents = dirty.iter().filter(|e| e.kind);
+    extents.map(|e| (e.offset, e.length)).collect()
+}
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    qemu: Qemu,
+    domain: Domain,
+}
+
+fn fixture(sizes: &[u64]) -> Fixture {
+    let dir = tools::temp_dir();
+    let mut build = Qemu::build().paused();
+    for (target, size) in ["vda", "vdb", "vdc", "vdd"].iter().zip(sizes) {
+        let path = dir.path().join(format!("{target}.qcow2"));
+        image::create(&path, "qcow2", *size, "");
+        build = build.disk(target, &path, "qcow2");
+    }
+    let qemu = build.start();
+    let domain = open(&qemu.socket(), &places(dir.path()), dir.path());
+    Fixture { dir, qemu, domain }
+}
+
+#[test]
+fn two_instants_read_right_in_any_order_of_ending() {
+    need!("qemu-system-x86_64", "qemu-img");
+    for first_ends_first in [true, false] {
+        let f = fixture(&[16 * MIB, 4 * MIB + 512]);
+        let before = f.qemu.state();
+        let write = |pattern, model: &mut [Disk; 2]| {
+            for (disk, target) in ["vda", "vdb"].iter().enumerate() {
+                for offset in [0, 3 * MIB, 4 * MIB - 512] {
+                    let write = Write {
+                        offset,
+                        length: 1024,
+                        pattern,
+                    };
+                    f.qemu.write(target, write);
+                    model[disk].apply(write);
+                }
+            }
+        };
+        let mut model = [Disk::new(16 * MIB), Disk::new(4 * MIB + 512)];
+        write(0xa, &mut model);
+        let one = f.domain.begin_backup(name("one")).unwrap();
+        let at_one = model.clone();
+        write(0xb, &mut model);
+        let two = f.domain.begin_backup(name("two")).unwrap();
+        let at_two = model.clone();
+        write(0xc, &mut model);
+        for disk in 0..2 {
+            at_one[disk].assert_is(&content(&one, disk), "one");
+            at_two[disk].assert_is(&content(&two, disk), "two");
+        }
+        assert_eq!(
+            since(&two, 0, "one"),
+            [
+                (0, GRANULE),
+                (3 * MIB, GRANULE),
+                (4 * MIB - GRANULE, 2 * GRANULE)
+            ]
+        );
+        let (first, second, left, at_left) = if first_ends_first {
+            ("one", "two", &two, &at_two)
+        } else {
+            ("two", "one", &one, &at_one)
+        };
+        f.domain.end_backup(&name(first)).unwrap();
+        write(0xd, &mut model);
+        for (disk, model) in at_left.iter().enumerate() {
+            model.assert_is(&content(left, disk), "the one left");
+        }
+        f.domain.end_backup(&name(second)).unwrap();
+        assert_eq!(
+            left.read_at(0, 0, &mut [0; 512]).unwrap_err().kind(),
+            Kind::NotConnected
+        );
+        assert_eq!(
+            f.qemu.state().without_bitmaps(),
+            before.clone().without_bitmaps()
+        );
+        assert!(!f.qemu.nbd_server_running());
+        for checkpoint in ["one", "two"] {
+            f.domain.delete_checkpoint(&name(checkpoint)).unwrap();
+        }
+        assert_eq!(f.qemu.state(), before);
+        f.domain.close().unwrap();
+        assert!(
+            std::fs::read_dir(f.dir.path().join("run"))
+                .unwrap()
+                .next()
+                .is_none()
+        );
+    }
+}
+
+/// A running backup: its name, the disk and the marks as they were.
+type Running = (String, Disk, Vec<(String, Marks)>);
+
+/// Random writes, checkpoints, deletions and overlapping backups against a model of the disk and
+/// of what was written since each checkpoint.
+#[test]
+fn random_rounds() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let mut rng = Rng::from_env();
+    let size = 24 * MIB;
+    let f = fixture(&[size]);
+    let before = f.qemu.state();
+    let mut disk = Disk::new(size);
+    let mut marks: Vec<(String, Marks)> = Vec::new();
+    let mut running: Vec<Running> = Vec::new();
+    for round in 0..300 {
+        match rng.within(0..10) {
+            0..=5 => {
+                let write = rng.write(size);
+                f.qemu.write("vda", write);
+                disk.apply(write);
+                marks.iter_mut().for_each(|(_, m)| m.mark(write));
+            }
+            6 => {
+                let checkpoint = format!("c{round}");
+                f.domain.create_checkpoint(name(&checkpoint)).unwrap();
+                marks.push((checkpoint, Marks::new(size, GRANULE)));
+            }
+            7 if !marks.is_empty() => {
+                let at = rng.within(0..marks.len() as u64) as usize;
+                match f.domain.delete_checkpoint(&name(&marks[at].0)) {
+                    Ok(()) => drop(marks.remove(at)),
+                    Err(e) => {
+                        assert_eq!(e.kind(), Kind::Busy, "{e}");
+                        assert!(!running.is_empty());
+                    }
+                }
+            }
+            8 if running.len() < 3 => {
+                let backup = format!("b{round}");
+                f.domain.begin_backup(name(&backup)).unwrap();
+                running.push((backup.clone(), disk.clone(), marks.clone()));
+                marks.push((backup, Marks::new(size, GRANULE)));
+            }
+            9 if !running.is_empty() => {
+                let at = rng.within(0..running.len() as u64) as usize;
+                let (backup, disk, marks) = running.remove(at);
+                let backup = f.domain.backup(&backup).unwrap();
+                disk.assert_is(&content(&backup, 0), &format!("round {round}"));
+                assert_eq!(backup.since().len(), marks.len());
+                for (checkpoint, marks) in &marks {
+                    let found = since(&backup, 0, checkpoint);
+                    assert_eq!(found, marks.extents(), "round {round}, since {checkpoint}");
+                }
+                f.domain.end_backup(backup.name()).unwrap();
+            }
+            _ => {}
+        }
+    }
+    f.domain.close().unwrap();
+    assert_eq!(f.qemu.state().without_bitmaps(), before.without_bitmaps());
+}
+
+/// Every command of a begin fails in turn, in three ways; nothing is left behind, and the next
+/// backup works.
+#[test]
+fn a_begin_that_fails_at_any_step_leaves_nothing() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    let other = dir.path().join("vdb.qcow2");
+    image::create(&path, "qcow2", 4 * MIB, "");
+    image::create(&other, "qcow2", 4 * MIB, "");
+    let qemu = Qemu::build()
+        .disk("vda", &path, "qcow2")
+        .disk("vdb", &other, "qcow2")
+        .paused()
+        .start();
+    let proxy = QmpFault::start(&qemu.socket());
+    let domain = open(&proxy.path(), &places(dir.path()), dir.path());
+    domain.create_checkpoint(name("mon")).unwrap();
+    qemu.guest_write("vda", 0, 4096, 1);
+    let before = qemu.state();
+    let record = || std::fs::read_to_string(dir.path().join("state/checkpoints.json")).unwrap();
+    let faults = [
+        Fault::Refuse("refused by the test".into()),
+        Fault::FailAfter("failed by the test".into()),
+        Fault::Close,
+    ];
+    let mut steps = 0;
+    for fault in faults {
+        for step in 0.. {
+            proxy.arm(step, fault.clone());
+            let outcome = domain.begin_backup(name("tue"));
+            let fired = proxy.fired();
+            proxy.disarm();
+            if !fired {
+                // Past the last command: this one is whole.
+                outcome.unwrap();
+                domain.end_backup(&name("tue")).unwrap();
+                domain.delete_checkpoint(&name("tue")).unwrap();
+                steps = step;
+                break;
+            }
+            if outcome.is_ok() {
+                // A refusal of what does not matter, such as dismissing a job twice.
+                domain.end_backup(&name("tue")).unwrap();
+                domain.delete_checkpoint(&name("tue")).unwrap();
+            }
+            let what = format!("{fault:?} at step {step}");
+            assert_eq!(qemu.state(), before, "{what}");
+            assert!(!qemu.nbd_server_running(), "{what}");
+            assert!(domain.checkpoint("tue").is_none(), "{what}");
+            assert!(!record().contains("pending"), "{what}");
+            let scratch = std::fs::read_dir(dir.path().join("scratch"));
+            assert!(scratch.map_or(true, |mut d| d.next().is_none()), "{what}");
+        }
+    }
+    assert!(steps > 15, "only {steps} commands were seen");
+    // What the guest wrote meanwhile is still known.
+    let backup = domain.begin_backup(name("wed")).unwrap();
+    assert_eq!(since(&backup, 0, "mon"), [(0, GRANULE)]);
+    domain.close().unwrap();
+}
+
+#[test]
+fn a_hung_qemu_times_out_and_is_tidied_when_it_answers_again() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    image::create(&path, "qcow2", 4 * MIB, "");
+    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused().start();
+    let proxy = QmpFault::start(&qemu.socket());
+    let mut places = places(dir.path());
+    places.timeout = Duration::from_millis(300);
+    let domain = open(&proxy.path(), &places, dir.path());
+    domain.create_checkpoint(name("mon")).unwrap();
+    qemu.guest_write("vda", 0, 4096, 1);
+    let before = qemu.state();
+    let commands = [
+        "blockdev-add",
+        "blockdev-create",
+        "transaction",
+        "nbd-server-start",
+        "block-export-add",
+    ];
+    for command in commands {
+        proxy.arm_named(command, Fault::Hang);
+        let error = domain.begin_backup(name("tue")).err().unwrap();
+        assert_eq!(error.kind(), Kind::TimedOut, "{command}: {error}");
+        proxy.disarm();
+        // The next backup first settles what the last one left.
+        let backup = domain.begin_backup(name("wed")).unwrap();
+        assert_eq!(since(&backup, 0, "mon"), [(0, GRANULE)], "{command}");
+        domain.end_backup(&name("wed")).unwrap();
+        domain.delete_checkpoint(&name("wed")).unwrap();
+        assert_eq!(qemu.state(), before, "{command}");
+        assert!(!qemu.nbd_server_running(), "{command}");
+    }
+    domain.close().unwrap();
+}
+
+/// What breaks history in a real QEMU: afterwards the checkpoint is stale, on that disk only.
+#[test]
+fn stale_after_a_snapshot_a_kill_or_a_resize() {
+    need!("qemu-system-x86_64", "qemu-img");
+    for what in ["snapshot", "kill", "resize", "clean restart"] {
+        let dir = tools::temp_dir();
+        let images = ["vda", "vdb"].map(|t| dir.path().join(format!("{t}.qcow2")));
+        images
+            .iter()
+            .for_each(|i| image::create(i, "qcow2", 4 * MIB, ""));
+        let start = |vda: &Path| {
+            let build = Qemu::build().disk("vda", vda, "qcow2");
+            build.disk("vdb", &images[1], "qcow2").paused().start()
+        };
+        let mut qemu = start(&images[0]);
+        let domain = open(&qemu.socket(), &places(dir.path()), dir.path());
+        domain.create_checkpoint(name("mon")).unwrap();
+        qemu.guest_write("vda", 0, 4096, 1);
+        qemu.guest_write("vdb", MIB, 4096, 1);
+        let mut reopened = None;
+        match what {
+            "snapshot" => {
+                let overlay = dir.path().join("snap.qcow2");
+                qemu.cmd(
+                    "blockdev-snapshot-sync",
+                    serde_json::json!({"node-name": "node-vda", "snapshot-node-name": "snap",
+                        "snapshot-file": overlay, "format": "qcow2"}),
+                );
+                qemu.guest_write("vda", 2 * MIB, 4096, 2);
+            }
+            "resize" => drop(qemu.cmd(
+                "block_resize",
+                serde_json::json!({"node-name": "node-vda", "size": 8 * MIB}),
+            )),
+            _ => {
+                domain.close().unwrap();
+                drop(domain);
+                match what {
+                    "kill" => qemu.kill9(),
+                    _ => qemu.quit(),
+                }
+                qemu = start(&images[0]);
+                reopened = Some(open(&qemu.socket(), &places(dir.path()), dir.path()));
+                qemu.guest_write("vdb", 2 * MIB, 4096, 3);
+                let backup = reopened
+                    .as_ref()
+                    .unwrap()
+                    .begin_backup(name("tue"))
+                    .unwrap();
+                if what == "kill" {
+                    assert_eq!(
+                        backup.changes_since_base(1).unwrap_err().kind(),
+                        Kind::Stale
+                    );
+                } else {
+                    assert_eq!(
+                        since(&backup, 1, "mon"),
+                        [(MIB, GRANULE), (2 * MIB, GRANULE)]
+                    );
+                }
+                reopened.as_ref().unwrap().end_backup(&name("tue")).unwrap();
+                reopened.as_ref().unwrap().close().unwrap();
+                continue;
+            }
+        }
+        let domain = match reopened {
+            Some(domain) => domain,
+            None => domain,
+        };
+        let backup = domain.begin_backup(name("tue")).unwrap();
+        let error = backup.changes_since_base(0).unwrap_err();
+        assert_eq!(error.kind(), Kind::Stale, "{what}: {error}");
+        assert_eq!(since(&backup, 1, "mon"), [(MIB, GRANULE)], "{what}");
+        // The disk itself can be read, whole.
+        let bytes = content(&backup, 0);
+        assert_eq!(bytes[0], 1, "{what}");
+        assert_eq!(
+            bytes[2 * MIB as usize],
+            if what == "snapshot" { 2 } else { 0 }
+        );
+        domain.close().unwrap();
+    }
+}
+
+#[test]
+fn disks_that_cannot_carry_a_bitmap_are_backed_up_all_the_same() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let [good, raw, old] = ["good.qcow2", "raw.raw", "old.qcow2"].map(|n| dir.path().join(n));
+    image::create(&good, "qcow2", MIB, "");
+    image::create(&raw, "raw", 1_000_000, "");
+    image::create(&old, "qcow2", MIB, "compat=0.10");
+    let qemu = Qemu::build()
+        .disk("vda", &good, "qcow2")
+        .disk("vdb", &raw, "raw")
+        .disk("vdc", &old, "qcow2")
+        .paused()
+        .start();
+    let domain = open(&qemu.socket(), &places(dir.path()), dir.path());
+    for target in ["vda", "vdb", "vdc"] {
+        qemu.guest_write(target, 512, 1024, 5);
+    }
+    let backup = domain.begin_backup(name("full")).unwrap();
+    let notes: Vec<_> = backup.disks().iter().map(|d| d.note().is_some()).collect();
+    assert_eq!(notes, [false, true, true]);
+    // QEMU rounds a raw disk up to whole sectors.
+    assert_eq!(backup.disks()[1].size(), 1_000_448);
+    for disk in 0..3 {
+        let bytes = content(&backup, disk);
+        assert!(bytes[512..1536].iter().all(|b| *b == 5));
+        assert!(bytes[1536..].iter().all(|b| *b == 0));
+    }
+    let again = domain.begin_backup(name("next")).unwrap();
+    assert_eq!(since(&again, 0, "full"), []);
+    assert_eq!(again.since()[0].name.as_str(), "full");
+    assert!(!again.disks()[1].knows_since(again.since()[0].id));
+    let whole = again.changes_since_base(1).unwrap();
+    assert!(
+        whole.iter().all(|e| e.kind != Change::Clean),
+        "no base: all counts as changed"
+    );
+    domain.close().unwrap();
+}
+
+#[test]
+fn an_nbd_server_of_somebody_else_is_left_alone() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let f = fixture(&[4 * MIB]);
+    let socket = f.dir.path().join("foreign.sock");
+    let address = serde_json::json!({"addr": {"type": "unix", "data": {"path": socket}}});
+    f.qemu.cmd("nbd-server-start", address);
+    let before = f.qemu.state();
+    let error = f.domain.begin_backup(name("x")).err().unwrap();
+    assert_eq!(error.kind(), Kind::Busy, "{error}");
+    assert!(error.to_string().contains("NBD server"), "{error}");
+    assert_eq!(f.qemu.state(), before);
+    std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    f.domain.close().unwrap();
+    std::os::unix::net::UnixStream::connect(&socket).unwrap();
+}
+
+#[test]
+fn a_qemu_that_is_gone_ends_its_backups_and_may_come_back() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    image::create(&path, "qcow2", 4 * MIB, "");
+    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused().start();
+    let proxy = QmpFault::start(&qemu.socket());
+    qemu.guest_write("vda", 0, 4096, 1);
+    let domain = open(&proxy.path(), &places(dir.path()), dir.path());
+    let backup = domain.begin_backup(name("mon")).unwrap();
+    assert_eq!(backup.read_at(0, 0, &mut [0; 512]).unwrap(), 512);
+    qemu.kill9();
+    let why = tools::eventually("the backup fails", Duration::from_secs(20), || {
+        backup.failure()
+    });
+    assert_eq!(why.kind(), Kind::NotConnected, "{why}");
+    assert_eq!(
+        backup.read_at(0, 0, &mut [0; 512]).unwrap_err().kind(),
+        Kind::NotConnected
+    );
+    assert_eq!(
+        domain.begin_backup(name("tue")).err().unwrap().kind(),
+        Kind::NotConnected
+    );
+    domain.end_backup(&name("mon")).unwrap();
+    assert!(domain.backups().is_empty());
+    domain.close().unwrap();
+}
