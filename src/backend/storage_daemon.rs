@@ -301,16 +301,23 @@ fn wait_for_the_dead(images: &[Image], places: &Places) {
             continue;
         };
         let command = format!("/proc/{pid}/comm");
-        let is_daemon =
-            || fs::read_to_string(&command).is_ok_and(|c| PROGRAM.starts_with(c.trim()));
-        let deadline = Instant::now() + places.timeout;
-        while is_daemon() && holds_any(pid, images) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let is_daemon = || {
+            qemu::is_running(pid)
+                && fs::read_to_string(&command).is_ok_and(|c| PROGRAM.starts_with(c.trim()))
+        };
+        let wait_while = |condition: &dyn Fn() -> bool, timeout| {
+            let deadline = Instant::now() + timeout;
+            while condition() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
+        wait_while(&|| is_daemon() && holds_any(pid, images), places.timeout);
         if is_daemon() && !holds_any(pid, &[]) {
             log::warn!("ending the storage daemon {pid}, left by a killed fleecefs");
             // SAFETY: no pointers.
             unsafe { libc::kill(pid, libc::SIGKILL) };
+            // Its directory is swept next, if it is gone by then.
+            wait_while(&is_daemon, QUIT_TIMEOUT);
         }
     }
 }

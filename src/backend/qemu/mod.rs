@@ -44,7 +44,7 @@ mod scratch;
 mod server;
 
 pub use self::rundir::make_passable;
-pub(super) use self::rundir::{RunDir, dead, noted_pid};
+pub(super) use self::rundir::{RunDir, dead, is_running, noted_pid};
 
 /// A domain behind a monitor.
 pub struct Qemu {
@@ -268,7 +268,7 @@ impl Backend for Qemu {
                     }
                 }
                 // Another domain's QEMU, which its own next mount will look after.
-                Some(pid) if std::path::Path::new(&format!("/proc/{pid}")).exists() => continue,
+                Some(pid) if rundir::is_running(pid) => continue,
                 _ => {}
             }
             let _ = std::fs::remove_dir_all(&dir);

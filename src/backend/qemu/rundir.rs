@@ -140,6 +140,16 @@ pub(crate) fn noted_pid(dir: &Path, name: &str) -> Option<i32> {
     fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
 }
 
+/// Whether a process is there and not over. One that ended stays in /proc as a zombie until its parent
+/// takes note, and the parent of what a killed fleecefs started is whoever adopts orphans here, in its
+/// own time.
+pub(crate) fn is_running(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the command's name, which may hold anything, in parentheses.
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
 /// Makes a directory, and its parents, that all may pass through and only its owner may list; one that
 /// is there already stays as it is.
 pub fn make_passable(path: &Path) -> io::Result<()> {
@@ -201,6 +211,21 @@ mod tests {
         let path = alive.path.clone();
         drop(alive);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_process_that_ended_is_not_running_though_its_parent_did_not_look() {
+        assert!(is_running(std::process::id() as i32));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id() as i32;
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while is_running(pid) && std::time::Instant::now() < end {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(Path::new(&format!("/proc/{pid}")).exists(), "a zombie");
+        assert!(!is_running(pid));
+        child.wait().unwrap();
+        assert!(!is_running(pid));
     }
 
     #[test]
