@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use fleecefs::xml::{BackupDocument, CheckpointDocument, Error, MAX_BYTES, Mode};
+use fleecefs::model::Mode;
+use fleecefs::xml::{BackupDocument, CheckpointDocument, Error, MAX_BYTES};
 
 #[path = "xml/damage.rs"]
 mod damage;

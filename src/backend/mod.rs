@@ -5,7 +5,8 @@
 //! does it on all disks at one instant or not at all, and hands out frozen disks.
 
 use crate::model::{
-    Allocation, BackupPlan, CheckpointRemoval, Disk, DomainInfo, Extents, NewCheckpoint, Result,
+    Allocation, BackupPlan, CheckpointRemoval, Control, Disk, DomainInfo, Error, Extents, JobId,
+    JobState, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
 };
 
 mod qemu;
@@ -25,7 +26,7 @@ pub trait Backend: Send + Sync {
     fn info(&self) -> DomainInfo;
 
     /// Why the domain can no longer be reached, once that is known for good. No I/O.
-    fn failure(&self) -> Option<crate::model::Error> {
+    fn failure(&self) -> Option<Error> {
         None
     }
 
@@ -42,11 +43,60 @@ pub trait Backend: Send + Sync {
     /// Removes the bitmaps of a checkpoint, all at once.
     fn delete_checkpoint(&self, removal: &CheckpointRemoval) -> Result<()>;
 
+    /// Gives bitmaps other names, all at once.
+    fn rename_checkpoint(&self, renames: &[RenameBitmap]) -> Result<()>;
+
     /// Freezes disks at one instant, in the order of the plan.
     fn begin(&self, plan: &BackupPlan) -> Result<Box<dyn Frozen>>;
 
+    /// Begins to copy disks, as they are at one instant, into targets.
+    fn push(&self, plan: &PushPlan) -> Result<Box<dyn Pushing>>;
+
+    /// Has `listener` told what happens to backups by itself. Called once, before any backup; the
+    /// listener is quick and calls nothing here.
+    fn listen(&self, listener: Listener);
+
     /// Leaves nothing behind: called once, after all backups were ended.
     fn close(&self) -> Result<()>;
+}
+
+/// Who is told of what happens by itself.
+pub type Listener = Box<dyn Fn(Notice) + Send + Sync>;
+
+/// What happens to a backup by itself.
+#[derive(Debug, Clone)]
+pub enum Notice {
+    /// It is over: a push backup was written or failed, a pull backup had to be ended.
+    Over(JobId, std::result::Result<Outcome, Error>),
+    /// Scratch space gets short: the backup's number, bytes taken, bytes that may be taken.
+    ScratchThreshold(JobId, u64, u64),
+}
+
+/// A push backup, until [`end`](Pushing::end).
+pub trait Pushing: Send + Sync {
+    /// How each disk stands, in the order of the plan; the last answer if the domain has none now.
+    fn progress(&self) -> Vec<Progress>;
+
+    /// How the whole stands. No I/O.
+    fn state(&self) -> JobState;
+
+    /// Breaks it off, halts it, lets it go on, or sets its speed.
+    fn control(&self, command: Control) -> Result<()>;
+
+    /// Breaks it off if it still runs, and leaves nothing of it in the domain. May be called again
+    /// after an error.
+    fn end(&self) -> Result<()>;
+}
+
+/// How the copying of one disk stands.
+#[derive(Debug, Clone)]
+pub struct Progress {
+    /// Its part of the job.
+    pub state: JobState,
+    /// Bytes copied so far.
+    pub done: u64,
+    /// Bytes there are to copy.
+    pub total: u64,
 }
 
 /// Disks frozen at one instant, until [`end`](Frozen::end).
@@ -55,7 +105,7 @@ pub trait Frozen: Send + Sync {
     fn disks(&self) -> &[Box<dyn FrozenDisk>];
 
     /// Why the backup came to an end by itself, if it did: scratch space full, domain gone. No I/O.
-    fn failure(&self) -> Option<crate::model::Error>;
+    fn failure(&self) -> Option<Error>;
 
     /// Bytes that the scratch space takes so far. No request to the domain.
     fn scratch_used(&self) -> u64;

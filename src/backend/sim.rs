@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Backend, Frozen, FrozenDisk};
+use super::{Backend, Frozen, FrozenDisk, Listener, Pushing};
 use crate::model::{
     Allocation, BackupPlan, Bitmap, CheckpointRemoval, Disk, DomainInfo, Error, Extents, Kind,
-    NewCheckpoint, Result,
+    NewCheckpoint, PushPlan, RenameBitmap, Result,
 };
 
 /// Bytes that a bit of a simulated bitmap, and an extent of a simulated map, stands for.
@@ -330,6 +330,16 @@ impl Backend for Sim {
             ended,
         }))
     }
+
+    fn rename_checkpoint(&self, _renames: &[RenameBitmap]) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    fn push(&self, _plan: &PushPlan) -> Result<Box<dyn Pushing>> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    fn listen(&self, _listener: Listener) {}
 
     fn close(&self) -> Result<()> {
         self.0.inner.lock().enter("close").map(drop)

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::once::Once;
 use crate::backend::Frozen;
 use crate::model::{
-    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, Kind, Name, Result,
+    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Result,
 };
 use crate::view;
 
@@ -130,6 +130,14 @@ impl Backup {
     /// The disks, in the domain's order.
     pub fn disks(&self) -> &[BackupDisk] {
         &self.disks
+    }
+
+    /// How it stands. Asks nobody.
+    pub fn state(&self) -> JobState {
+        match self.failure() {
+            Some(why) => JobState::Failed(why),
+            None => JobState::Running,
+        }
     }
 
     /// Why the backup ended by itself, if it did.

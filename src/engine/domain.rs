@@ -5,18 +5,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use crossbeam_channel::Receiver;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use super::backup::{Backup, BackupDisk, Since};
 use super::history::{self, Chain};
+use super::job::Job;
 use super::once::Once;
 use super::recovery::{forget, recover};
 use super::status::{CheckpointStatus, disk_status};
 use super::store::{Pending, Record, Store};
 use crate::backend::Backend;
 use crate::model::{
-    BackupPlan, Checkpoint, CheckpointDisk, Disk, DomainInfo, Error, FreezeDisk, JobId, Kind, Name,
-    NewCheckpoint, Result,
+    BackupPlan, Checkpoint, CheckpointDisk, Control, Disk, DomainInfo, Error, Event, FreezeDisk,
+    JobId, Kind, Name, NewCheckpoint, Result,
 };
 
 /// How a domain is treated.
@@ -49,7 +51,7 @@ pub struct CheckpointEntry {
 struct State {
     /// Oldest first, in step with the record's checkpoints.
     checkpoints: Vec<Arc<CheckpointEntry>>,
-    backups: BTreeMap<Name, Arc<Backup>>,
+    jobs: BTreeMap<Name, Job>,
 }
 
 /// A domain whose checkpoints and backups can be managed: the RFC's API as a library.
@@ -104,7 +106,7 @@ impl Domain {
             changes: Mutex::new(changes),
             state: RwLock::new(State {
                 checkpoints,
-                backups: BTreeMap::new(),
+                jobs: BTreeMap::new(),
             }),
             closed: AtomicBool::new(false),
         })
@@ -132,28 +134,46 @@ impl Domain {
         all.find(|c| c.checkpoint.name.as_str() == name).cloned()
     }
 
-    /// The running backups, by name. Asks nobody.
-    pub fn backups(&self) -> Vec<Arc<Backup>> {
-        self.state.read().backups.values().cloned().collect()
+    /// The backups of either mode, by name. Asks nobody.
+    pub fn jobs(&self) -> Vec<Job> {
+        self.state.read().jobs.values().cloned().collect()
     }
 
     /// The backup of this name. Asks nobody.
-    pub fn backup(&self, name: &str) -> Option<Arc<Backup>> {
+    pub fn job(&self, name: &str) -> Option<Job> {
         let state = self.state.read();
-        let mut all = state.backups.values();
-        all.find(|b| b.name.as_str() == name).cloned()
+        let mut all = state.jobs.values();
+        all.find(|j| j.name().as_str() == name).cloned()
+    }
+
+    /// The backup of this number. Asks nobody.
+    pub fn job_by_id(&self, id: JobId) -> Option<Job> {
+        let state = self.state.read();
+        let mut all = state.jobs.values();
+        all.find(|j| j.id() == id).cloned()
+    }
+
+    /// The pull backups, by name. Asks nobody.
+    pub fn backups(&self) -> Vec<Arc<Backup>> {
+        let state = self.state.read();
+        let pulls = state.jobs.values().filter_map(Job::pull);
+        pulls.cloned().collect()
+    }
+
+    /// The pull backup of this name. Asks nobody.
+    pub fn backup(&self, name: &str) -> Option<Arc<Backup>> {
+        self.job(name)?.pull().cloned()
+    }
+
+    /// The pull backup of this number. Asks nobody.
+    pub fn backup_by_id(&self, id: JobId) -> Option<Arc<Backup>> {
+        self.job_by_id(id)?.pull().cloned()
     }
 
     /// The checkpoint of this number. Asks nobody.
     pub fn checkpoint_by_id(&self, id: u32) -> Option<Arc<CheckpointEntry>> {
         let state = self.state.read();
         state.checkpoints.iter().find(|c| c.id == id).cloned()
-    }
-
-    /// The running backup of this number. Asks nobody.
-    pub fn backup_by_id(&self, id: JobId) -> Option<Arc<Backup>> {
-        let state = self.state.read();
-        state.backups.values().find(|b| b.id == id).cloned()
     }
 
     /// Why the domain can no longer be reached, if that is known. Asks nobody.
@@ -261,6 +281,7 @@ impl Domain {
             id: changes.next_job,
             checkpoint: None,
             disks: Vec::new(),
+            server: None,
         };
         let all: Vec<&Checkpoint> = entries.iter().map(|e| &e.checkpoint).collect();
         let mut own_disks = Vec::new();
@@ -269,6 +290,8 @@ impl Domain {
             plan.disks.push(FreezeDisk {
                 target: disk.target.clone(),
                 recording: chain.links.last().map(|l| l.1.clone()),
+                scratch: None,
+                export: None,
             });
             own_disks.push(backup_disk(disk, chain, &entries));
         }
@@ -301,7 +324,9 @@ impl Domain {
             frozen: frozen.map_err(|e| e.during(&context))?,
         });
         let mut state = self.state.write();
-        state.backups.insert(name.clone(), Arc::clone(&backup));
+        state
+            .jobs
+            .insert(name.clone(), Job::Pull(Arc::clone(&backup)));
         log::info!("backup {name} began, job {}", backup.id);
         Ok(backup)
     }
@@ -317,9 +342,40 @@ impl Domain {
             ));
         };
         backup.frozen.end().map_err(|e| e.during(&context))?;
-        self.state.write().backups.remove(name);
+        self.state.write().jobs.remove(name);
         log::info!("backup {name} ended");
         Ok(())
+    }
+
+    /// Makes a checkpoint as a `<domaincheckpoint>` says; one that says when it was made is redefined.
+    /// EINVAL with the line where the document cannot be.
+    pub fn create_checkpoint_from(&self, _name: &Name, _document: &[u8]) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    /// Begins a backup as a `<domainbackup>` says. EINVAL with the line where the document cannot be.
+    pub fn begin_backup_from(&self, _name: &Name, _document: &[u8]) -> Result<JobId> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    /// Gives a checkpoint another name, and its bitmaps with it.
+    pub fn rename_checkpoint(&self, _from: &Name, _to: &Name) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    /// Forgets a checkpoint, and leaves its bitmaps where they are: libvirt's METADATA_ONLY.
+    pub fn forget_checkpoint(&self, _name: &Name) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    /// Tells a running job to do something.
+    pub fn control(&self, _job: JobId, _command: Control) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    /// What happens from now on. A receiver that is dropped is forgotten.
+    pub fn subscribe(&self) -> Receiver<Event> {
+        crossbeam_channel::unbounded().1
     }
 
     /// Ends everything and lets go of the domain. Goes on after a failure; the first one is told.
@@ -412,6 +468,7 @@ impl Domain {
             name: name.clone(),
             created: changes.record.next_time(SystemTime::now()),
             parent: changes.record.checkpoints.last().map(|c| c.name.clone()),
+            description: None,
             disks: covered,
         }))
     }

@@ -134,6 +134,7 @@ pub(super) fn new_bitmaps(
             target: disk.target.clone(),
             bitmap: name.to_owned(),
             stop: recording(disk, checkpoints),
+            granularity: None,
         })
         .collect()
 }

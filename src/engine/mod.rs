@@ -13,6 +13,7 @@
 mod backup;
 mod domain;
 mod history;
+mod job;
 mod once;
 mod recovery;
 mod status;
@@ -20,5 +21,6 @@ mod store;
 
 pub use backup::{Backup, BackupDisk, Since};
 pub use domain::{CheckpointEntry, Domain, Options};
+pub use job::{Job, Push, PushDisk};
 pub use status::{CheckpointStatus, DiskStatus};
 pub use store::Store;

@@ -1,6 +1,6 @@
-//! A backup: the domain's disks frozen at one instant.
+//! What a backend is to do at the instant of a backup, on all disks at once.
 
-use super::NewCheckpoint;
+use super::{NewCheckpoint, ServerAddress, Target};
 
 /// A backup's number, positive, unique while the mount lives: the RFC's job id.
 pub type JobId = u32;
@@ -14,6 +14,8 @@ pub struct BackupPlan {
     pub checkpoint: Option<NewCheckpoint>,
     /// The disks to freeze.
     pub disks: Vec<FreezeDisk>,
+    /// Where other NBD clients can read them, if anywhere.
+    pub server: Option<ServerAddress>,
 }
 
 /// A disk to freeze.
@@ -26,4 +28,40 @@ pub struct FreezeDisk {
     ///
     /// [`FrozenDisk::changed`]: crate::backend::FrozenDisk::changed
     pub recording: Option<String>,
+    /// File for scratch space, where the usual place is not wanted.
+    pub scratch: Option<String>,
+    /// How other NBD clients find it, where there is a server for them.
+    pub export: Option<PublicExport>,
+}
+
+/// A frozen disk as other NBD clients see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicExport {
+    /// Name of the export.
+    pub name: String,
+    /// The bitmap of changes in it: its name, and the older bitmaps whose union with the frozen copy
+    /// it is.
+    pub bitmap: Option<(String, Vec<String>)>,
+}
+
+/// What a backend is to copy into targets by itself, all of one instant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PushPlan {
+    /// The backup's number.
+    pub id: JobId,
+    /// The checkpoint to make at the same instant.
+    pub checkpoint: Option<NewCheckpoint>,
+    /// The disks to copy.
+    pub disks: Vec<CopyDisk>,
+}
+
+/// A disk to copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyDisk {
+    /// The disk target.
+    pub disk: String,
+    /// Where to.
+    pub target: Target,
+    /// The bitmaps whose union says what changed, oldest first; `None`: copy everything.
+    pub changed: Option<Vec<String>>,
 }

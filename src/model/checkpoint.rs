@@ -20,6 +20,9 @@ pub struct Checkpoint {
     pub created: SystemTime,
     /// The checkpoint that was the newest before.
     pub parent: Option<Name>,
+    /// Words for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
     /// The disks it covers.
     pub disks: Vec<CheckpointDisk>,
 }
@@ -67,6 +70,23 @@ pub struct NewBitmap {
     pub bitmap: String,
     /// The bitmap that recorded until then, if there is one.
     pub stop: Option<String>,
+    /// Bytes a bit stands for, where the domain's own choice is not wanted.
+    pub granularity: Option<u64>,
+}
+
+/// A bitmap that gets another name, and keeps all that it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RenameBitmap {
+    /// The disk target.
+    pub target: String,
+    /// Its name now.
+    pub from: String,
+    /// Its name afterwards, which no bitmap of the disk has.
+    pub to: String,
+    /// It records, and goes on recording.
+    pub recording: bool,
+    /// Bytes a bit stands for.
+    pub granularity: u64,
 }
 
 /// What a backend does to forget a checkpoint, on all disks at once.

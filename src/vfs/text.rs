@@ -130,7 +130,7 @@ fn backup_xml(backup: &Backup) -> String {
         }
     };
     xml::BackupDocument {
-        mode: xml::Mode::Pull,
+        mode: crate::model::Mode::Pull,
         incremental: base.map(|b| b.name.clone().into()),
         disks: backup.disks().iter().map(disk).collect(),
         ..xml::BackupDocument::default()

@@ -3,7 +3,7 @@
 use super::checkpoint::CheckpointDocument;
 use super::error::{At, Place};
 use super::{Out, attributes, document, text};
-use crate::model::Name;
+use crate::model::{Format, Image, Mode, Name, ServerAddress};
 
 /// What a `<domainbackup>` document says. Read by [`BackupDocument::read`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -25,16 +25,6 @@ pub struct BackupDocument {
     pub checkpoint: Option<CheckpointDocument>,
 }
 
-/// Who copies the disks of a backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Mode {
-    /// QEMU, into files.
-    #[default]
-    Push,
-    /// Somebody else, who reads them.
-    Pull,
-}
-
 /// A `<server>`: an NBD server for other clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
@@ -42,22 +32,6 @@ pub struct Server {
     pub place: Place,
     /// What it listens on.
     pub address: ServerAddress,
-}
-
-/// What an NBD server listens on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ServerAddress {
-    /// A UNIX socket of this path.
-    Unix(String),
-    /// A TCP port.
-    Tcp {
-        /// Name or address of the interface.
-        host: String,
-        /// The port.
-        port: u16,
-        /// With TLS only.
-        tls: bool,
-    },
 }
 
 /// One disk of a [`BackupDocument`].
@@ -90,24 +64,6 @@ pub enum BackupMode {
     Full,
     /// What changed since a checkpoint.
     Incremental,
-}
-
-/// Where an image is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Image {
-    /// In a file of this path.
-    File(String),
-    /// On a block device of this path.
-    Block(String),
-}
-
-/// The format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// The bytes of the disk and nothing else.
-    Raw,
-    /// QEMU's own format.
-    Qcow2,
 }
 
 /// libvirt's words, for the reader and the writer.

@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 
 use super::backup::{
-    BACKUP_MODES, BackupDocument, BackupDocumentDisk, BackupMode, FORMATS, Format, Image, MODES,
-    Mode, Server, ServerAddress, YES_NO,
+    BACKUP_MODES, BackupDocument, BackupDocumentDisk, BackupMode, FORMATS, MODES, Server, YES_NO,
 };
 use super::checkpoint::{CheckpointDocument, LONGEST_BITMAP, LONGEST_PATH, read_disks};
 use super::error::{Error, Shown};
 use super::fields::{Fields, Value};
 use super::tree::{self, Element};
+use crate::model::{Format, Image, Mode, ServerAddress};
 
 /// What a UNIX socket's address holds, in bytes.
 const LONGEST_SOCKET: usize = 107;

@@ -122,7 +122,7 @@ impl CheckpointDocument {
         Self {
             place: Place::default(),
             name: Some(checkpoint.name.clone().into()),
-            description: None,
+            description: checkpoint.description.clone(),
             creation_time: Some(seconds(checkpoint.created)),
             parent: checkpoint.parent.clone().map(At::from),
             disks: checkpoint.disks.iter().map(disk).collect(),
@@ -298,6 +298,7 @@ mod tests {
             name: Name::new("tue").unwrap(),
             created: SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_473_812),
             parent: Some(Name::new("mon").unwrap()),
+            description: None,
             disks: vec![CheckpointDisk {
                 target: "vda".into(),
                 bitmap: "tue".into(),

@@ -23,9 +23,7 @@ mod fields;
 mod lexical;
 mod tree;
 
-pub use backup::{
-    BackupDocument, BackupDocumentDisk, BackupMode, Format, Image, Mode, Server, ServerAddress,
-};
+pub use backup::{BackupDocument, BackupDocumentDisk, BackupMode, Server};
 pub use checkpoint::{CheckpointDocument, CheckpointDocumentDisk, DocumentBitmap, DomainReference};
 pub use domain::domain;
 pub use error::{At, Error, Place};

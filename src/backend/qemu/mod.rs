@@ -25,9 +25,10 @@ use self::names::PREFIX;
 use self::server::Server;
 use super::source::Places;
 use super::storage_daemon::Daemon;
-use super::{Backend, Frozen};
+use super::{Backend, Frozen, Listener, Pushing};
 use crate::model::{
-    BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, Result,
+    BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, PushPlan,
+    RenameBitmap, Result,
 };
 use crate::qmp;
 
@@ -293,6 +294,16 @@ impl Backend for Qemu {
     fn begin(&self, plan: &BackupPlan) -> Result<Box<dyn Frozen>> {
         Ok(Box::new(freeze::freeze(&self.shared, plan)?))
     }
+
+    fn rename_checkpoint(&self, _renames: &[RenameBitmap]) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    fn push(&self, _plan: &PushPlan) -> Result<Box<dyn Pushing>> {
+        Err(Error::new(Kind::Unsupported, "not yet"))
+    }
+
+    fn listen(&self, _listener: Listener) {}
 
     fn close(&self) -> Result<()> {
         drop(self.guard.lock().take());
