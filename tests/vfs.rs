@@ -14,6 +14,9 @@ use fleecefs::vfs::{
     Ask, Attr, Caching, Change, Facts, FileKind, Found, Handle, Ino, Node, Seek, Vfs,
 };
 
+#[path = "vfs/writing.rs"]
+mod writing;
+
 struct Fixture {
     sim: Sim,
     vfs: Vfs,
@@ -157,6 +160,7 @@ fn the_tree() {
         backups/tue
         backups/tue/backup.xml
         backups/tue/checkpoint.xml
+        backups/tue/control
         backups/tue/dirty.map
         backups/tue/disk.raw
         backups/tue/domain.xml
@@ -179,19 +183,23 @@ fn the_tree() {
         checkpoints/mon/checkpoint.xml
         checkpoints/mon/children
         checkpoints/mon/children/tue
+        checkpoints/mon/control
         checkpoints/mon/parent
         checkpoints/mon/status
         checkpoints/sun
         checkpoints/sun/checkpoint.xml
         checkpoints/sun/children
         checkpoints/sun/children/mon
+        checkpoints/sun/control
         checkpoints/sun/status
         checkpoints/tue
         checkpoints/tue/checkpoint.xml
         checkpoints/tue/children
+        checkpoints/tue/control
         checkpoints/tue/parent
         checkpoints/tue/status
         domain.xml
+        events
         last-error
         status";
     let expected: Vec<&str> = expected.split_whitespace().collect();
@@ -278,6 +286,7 @@ fn listing_asks_nobody_and_a_stat_asks_once() {
     for quiet in [
         "status",
         "last-error",
+        "events",
         "domain.xml",
         "backups/tue/status",
         "checkpoints/mon/status",
@@ -337,7 +346,7 @@ fn what_cannot_be_done_and_its_kind() {
         (Change::Symlink, Kind::NotPermitted),
         (Change::Link, Kind::NotPermitted),
         (Change::Unlink, Kind::NotPermitted),
-        (Change::Rename, Kind::NotPermitted),
+        (Change::Exchange, Kind::Invalid),
         (Change::ExtendedAttributes, Kind::Unsupported),
     ] {
         assert_eq!(f.refuse(Ino::ROOT, None, change).kind(), expected);
@@ -448,6 +457,7 @@ fn maps_and_documents() {
     );
     let xml = f.cat("backups/tue/backup.xml");
     assert!(xml.contains("<incremental>mon</incremental>"), "{xml}");
+    assert!(!xml.contains("exportname"), "{xml}");
     // The documents of a backup stay as they were at the instant.
     let (checkpoint, domain) = (
         f.cat("backups/tue/checkpoint.xml"),
