@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
-        &["fuse", "vfs", "engine", "view", "backend", "model"],
+        &["fuse", "vfs", "engine", "view", "backend", "xml", "model"],
     ),
     ("fuse", &["vfs", "engine", "view", "model"]),
     ("vfs", &["engine", "view", "backend", "xml", "model"]),

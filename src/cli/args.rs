@@ -25,6 +25,129 @@ pub(super) enum Command {
     ///
     /// Returns when nothing is left behind in the domain.
     Umount(Umount),
+    /// List, delete and describe checkpoints
+    ///
+    /// They are made with mkdir, deleted with rmdir and renamed with mv; these do what that cannot.
+    #[command(subcommand)]
+    Checkpoint(Checkpoint),
+    /// List the backups that run
+    #[command(after_help = "\
+Of a push backup it asks QEMU how far it is.
+
+Example:
+  fleecefs jobs /mnt/vm")]
+    Jobs(Jobs),
+    /// Follow what happens to backups and checkpoints, one JSON object a line
+    ///
+    /// Ends when the mount does.
+    #[command(after_help = "\
+Example, waiting for the end of a push backup:
+  fleecefs events /mnt/vm | grep -m1 job-completed")]
+    Events(Events),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Checkpoint {
+    /// List checkpoints: name, creation time, bytes changed since at most
+    #[command(after_help = "\
+Examples:
+  fleecefs checkpoint list /mnt/vm
+  fleecefs checkpoint list --tree /mnt/vm
+  fleecefs checkpoint list --from mon --descendants --no-size /mnt/vm")]
+    List(List),
+    /// Delete a checkpoint, or those that followed it
+    ///
+    /// The newest goes first. What a deleted one recorded goes to the one before it.
+    #[command(after_help = "\
+Examples:
+  fleecefs checkpoint delete mon /mnt/vm          the same as rmdir /mnt/vm/checkpoints/mon
+  fleecefs checkpoint delete --children mon /mnt/vm")]
+    Delete(Delete),
+    /// Print a checkpoint's <domaincheckpoint>
+    #[command(after_help = "\
+Example, to have a checkpoint again where its record was lost:
+  fleecefs checkpoint dump mon /mnt/vm > mon.xml
+  cp mon.xml /mnt/vm/checkpoints/")]
+    Dump(Dump),
+}
+
+#[derive(Debug, Default, clap::Args)]
+pub(super) struct List {
+    /// As a tree
+    #[arg(long, conflicts_with_all = ["roots", "leaves", "no_leaves", "topological", "parent"])]
+    pub(super) tree: bool,
+    /// Only those without a parent
+    #[arg(long, conflicts_with = "from")]
+    pub(super) roots: bool,
+    /// Only those without children
+    #[arg(long, conflicts_with = "no_leaves")]
+    pub(super) leaves: bool,
+    /// Only those with children
+    #[arg(long)]
+    pub(super) no_leaves: bool,
+    /// Each one after its parent, not by name
+    #[arg(long)]
+    pub(super) topological: bool,
+    /// Only the children of this one
+    #[arg(long, value_name = "NAME")]
+    pub(super) from: Option<String>,
+    /// And their children, and so on
+    #[arg(long, requires = "from")]
+    pub(super) descendants: bool,
+    /// Also the parent of each
+    #[arg(long)]
+    pub(super) parent: bool,
+    /// Without what changed since, for which the domain is asked once a checkpoint
+    #[arg(long)]
+    pub(super) no_size: bool,
+    /// The mount point
+    pub(super) dir: std::path::PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Delete {
+    /// Also all that followed it
+    #[arg(long)]
+    pub(super) children: bool,
+    /// All that followed it, and not itself
+    #[arg(long, conflicts_with = "children")]
+    pub(super) children_only: bool,
+    /// Only what fleecefs remembers; the bitmaps stay in the images
+    #[arg(long)]
+    pub(super) metadata: bool,
+    /// The checkpoint
+    pub(super) name: String,
+    /// The mount point
+    pub(super) dir: std::path::PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Dump {
+    /// Without the domain
+    #[arg(long)]
+    pub(super) no_domain: bool,
+    /// With what changed since at most, in bytes a disk
+    #[arg(long)]
+    pub(super) size: bool,
+    /// The checkpoint
+    pub(super) name: String,
+    /// The mount point
+    pub(super) dir: std::path::PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Jobs {
+    /// The mount point
+    pub(super) dir: std::path::PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Events {
+    /// Also what happened before, as far as the mount remembers
+    #[arg(long)]
+    pub(super) all: bool,
+    /// The mount point
+    pub(super) dir: std::path::PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -65,6 +188,9 @@ Examples:
     cat /mnt/vm/backups/tue/dirty.map
     rmdir /mnt/vm/backups/tue
     fleecefs umount /mnt/vm
+  The checkpoints as a tree, and the backups that run:
+    fleecefs checkpoint list --tree /mnt/vm
+    fleecefs jobs /mnt/vm
   Why something was refused:
     cat /mnt/vm/last-error";
 
