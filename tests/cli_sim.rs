@@ -302,7 +302,7 @@ fn backups_listed() {
     assert_eq!(
         told(&place.run(&["jobs", "mnt"])),
         " Id   Name   Mode   State     Done   Total\n\
-         ---------------------------------------------\n \
+         ----------------------------------------------\n \
          1    tue    pull   running   0 B    4.0 MiB\n \
          2    mon    pull   running   0 B    4.0 MiB\n"
     );

@@ -462,6 +462,18 @@ const QUOTES: &[(&str, &str, &str, &str)] = &[
         "MAX_LEN: usize = 251",
     ),
     (
+        "docs/semantics.md",
+        "writing more than 1 MiB",
+        "src/xml/tree.rs",
+        "MAX_BYTES: usize = 1 << 20",
+    ),
+    (
+        "docs/semantics.md",
+        "Beyond 1 MiB",
+        "src/vfs/events.rs",
+        "MOST: usize = 1 << 20",
+    ),
+    (
         "README.md",
         "QEMU 7.2 or newer",
         "src/backend/qemu/link.rs",
