@@ -16,7 +16,7 @@ pub(super) fn run(args: &Jobs) -> Result<()> {
             jobs.push((status.keys.number("job"), name, status));
         }
     }
-    jobs.sort_by(|a, b| a.0.cmp(&b.0));
+    jobs.sort_by_key(|job| job.0);
     let head = ["Id", "Name", "Mode", "State", "Done", "Total"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for (_, name, status) in jobs {

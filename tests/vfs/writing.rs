@@ -10,15 +10,6 @@ impl Fixture {
         self.vfs.create(self.ino(dir), OsStr::new(name))
     }
 
-    /// Creates, writes and closes: what `cp` does.
-    fn put(&self, path: &str, text: &str) -> Result<()> {
-        let handle = self.create(path)?.opened.handle;
-        self.vfs.write(handle, 0, text.as_bytes())?;
-        let closed = self.flush(handle);
-        self.release(handle);
-        closed
-    }
-
     /// What `echo text > path` does.
     fn echo(&self, path: &str, text: &str) -> Result<()> {
         let ino = self.ino(path);
