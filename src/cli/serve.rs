@@ -152,6 +152,7 @@ fn serve(
     let engine_options = engine::Options {
         checkpoint: options.checkpoint,
         timeout: options.timeout,
+        granularity: None,
     };
     let domain = Arc::new(Domain::open(Arc::clone(backend), store, engine_options)?);
     let source = words.join(" ");

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
@@ -10,7 +11,8 @@ use parking_lot::Mutex;
 use super::once::Once;
 use crate::backend::Frozen;
 use crate::model::{
-    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Result,
+    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Outcome,
+    PublicExport, Result, ServerAddress,
 };
 use crate::view;
 
@@ -35,7 +37,11 @@ pub struct Backup {
     pub(super) domain_disks: Vec<Disk>,
     pub(super) since: Vec<Since>,
     pub(super) disks: Vec<BackupDisk>,
+    /// Where other NBD clients can read the disks, if anywhere.
+    pub(super) server: Option<ServerAddress>,
     pub(super) frozen: Box<dyn Frozen>,
+    /// It was broken off by its owner.
+    pub(super) aborted: AtomicBool,
 }
 
 /// One disk of a backup.
@@ -45,7 +51,11 @@ pub struct BackupDisk {
     pub(super) format: String,
     /// Why the disk is not part of the backup's checkpoint, if it is not.
     pub(super) note: Option<String>,
-    /// Why the base, and what came before it, cannot be trusted on this disk.
+    /// The checkpoint that `dirty.map` lists the changes since.
+    pub(super) base: Option<Since>,
+    /// How other NBD clients find it, where there is a server for them.
+    pub(super) export: Option<PublicExport>,
+    /// Why older checkpoints cannot be trusted on this disk.
     pub(super) broken: Option<String>,
     /// The trusted checkpoints, oldest first, with their bitmaps; the last one recorded up to the
     /// instant, and its content is in the frozen copy.
@@ -80,6 +90,16 @@ impl BackupDisk {
         self.broken.as_deref()
     }
 
+    /// The checkpoint that `dirty.map` lists the changes since.
+    pub fn base(&self) -> Option<&Since> {
+        self.base.as_ref()
+    }
+
+    /// How other NBD clients find it, where there is a server for them.
+    pub fn export(&self) -> Option<&PublicExport> {
+        self.export.as_ref()
+    }
+
     /// Whether the changes since the checkpoint of this number are known on this disk.
     pub fn knows_since(&self, checkpoint: u32) -> bool {
         self.links.iter().any(|&(id, _)| id == checkpoint)
@@ -102,7 +122,8 @@ impl Backup {
         self.begun
     }
 
-    /// The newest checkpoint before the backup's own.
+    /// The checkpoint that changes are listed since, if it is the same on every disk: as a rule the
+    /// newest before the backup's own.
     pub fn base(&self) -> Option<&Since> {
         self.base.as_ref()
     }
@@ -132,12 +153,26 @@ impl Backup {
         &self.disks
     }
 
+    /// Where other NBD clients can read the disks, if anywhere.
+    pub fn server(&self) -> Option<&ServerAddress> {
+        self.server.as_ref()
+    }
+
     /// How it stands. Asks nobody.
     pub fn state(&self) -> JobState {
         match self.failure() {
+            _ if self.aborted.load(Ordering::Acquire) => JobState::Ended(Outcome::Aborted),
             Some(why) => JobState::Failed(why),
             None => JobState::Running,
         }
+    }
+
+    /// Whether lists of changes still have to be made from this bitmap of a disk.
+    pub(super) fn reads_bitmap(&self, target: &str, bitmap: &str) -> bool {
+        let disk = self.disks.iter().find(|d| d.target == target);
+        // The newest link is read from the frozen copy, not from the bitmap.
+        disk.and_then(|d| d.links.split_last())
+            .is_some_and(|(_, older)| older.iter().any(|l| l.1 == bitmap))
     }
 
     /// Why the backup ended by itself, if it did.
@@ -196,11 +231,11 @@ impl Backup {
         })
     }
 
-    /// What became of each part of a disk since the backup's base. Without a base everything
+    /// What became of each part of a disk since its base. Without a base everything
     /// counts as changed; where the base cannot be trusted on this disk, ESTALE.
     pub fn changes_since_base(&self, disk: usize) -> Result<Arc<Extents<Change>>> {
         let (own, _) = self.disk(disk)?;
-        match &self.base {
+        match &own.base {
             Some(base) if own.knows_since(base.id) => self.changes(disk, base.id),
             Some(_) if own.broken.is_some() => Err(self.no_history(own)),
             _ => {

@@ -1,9 +1,9 @@
 //! Documents made up at random, written, and read again.
 
-use fleecefs::model::Name;
+use fleecefs::model::{Format, Image, Mode, Name, ServerAddress};
 use fleecefs::xml::{
     BackupDocument, BackupDocumentDisk, BackupMode, CheckpointDocument, CheckpointDocumentDisk,
-    DocumentBitmap, DomainReference, Format, Image, Mode, Place, Server, ServerAddress,
+    DocumentBitmap, DomainReference, Place, Server,
 };
 use proptest::prelude::*;
 

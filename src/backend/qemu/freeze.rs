@@ -25,6 +25,7 @@
 //! steps end a backup, undo a begin that failed anywhere (also where QEMU did what it was told but
 //! the answer was lost), and can be repeated.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -39,7 +40,7 @@ use super::scratch::{self, Scratch};
 use super::{Shared, action, server};
 use crate::backend::FrozenDisk;
 use crate::model::{
-    BackupPlan, CheckpointRemoval, Error, FreezeDisk, Kind, NewCheckpoint, RemoveBitmap, Result,
+    BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result,
 };
 use crate::nbd;
 
@@ -53,16 +54,23 @@ pub(super) struct Part {
     /// Granularity of the bitmap that recorded up to the instant, where there is one; its frozen
     /// copy is on the overlay.
     pub(super) recorded: Option<(String, u64)>,
+    /// The scratch file, where the usual place is not wanted.
+    scratch: Option<PathBuf>,
+    /// How other NBD clients find it.
+    export: Option<PublicExport>,
 }
 
 /// A running backup.
 pub(super) struct Session {
+    pub(super) id: JobId,
     /// The QEMU process that holds it.
     pid: i32,
     pub(super) parts: Vec<Part>,
     scratch: Mutex<Vec<Scratch>>,
     /// Its begin did not fail.
     begun: AtomicBool,
+    /// It was told that its scratch space gets short.
+    warned: AtomicBool,
     /// It counts among the NBD server's users.
     server: AtomicBool,
     /// The connections of its readers.
@@ -77,21 +85,19 @@ pub(super) struct Session {
 pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFrozen> {
     shared.settle()?;
     let monitor = shared.link.monitor()?;
-    if matches!(shared.roots, super::Roots::Drives) && monitor.migrating()? {
-        return Err(
-            Error::new(Kind::Busy, "the domain is being migrated").hint("wait for the migration")
-        );
-    }
+    shared.not_migrating(&monitor)?;
     scratch::check_room(&shared.places.scratch)?;
     let mut parts = Vec::new();
     for (index, disk) in plan.disks.iter().enumerate() {
         parts.push(part(shared, plan.id, index, disk)?);
     }
     let session = Arc::new(Session {
+        id: plan.id,
         pid: monitor.client().peer().pid,
         parts,
         scratch: Mutex::default(),
         begun: AtomicBool::new(false),
+        warned: AtomicBool::new(false),
         server: AtomicBool::new(false),
         pools: Mutex::default(),
         failure: RwLock::new(None),
@@ -125,6 +131,8 @@ fn part(shared: &Shared, job: u32, index: usize, disk: &FreezeDisk) -> Result<Pa
         size: live.disk.size,
         names: Names::new(shared.rundir.id(), job, index),
         recorded,
+        scratch: disk.scratch.clone().map(PathBuf::from),
+        export: disk.export.clone(),
     })
 }
 
@@ -134,7 +142,10 @@ impl Part {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
         let name = name.trim_start_matches(super::PREFIX);
-        let scratch = Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?;
+        let scratch = match &self.scratch {
+            None => Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?,
+            Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
+        };
         let file = self.names.file();
         monitor
             .blockdev_add(json!({
@@ -261,12 +272,23 @@ impl Session {
         self.failure.read().clone()
     }
 
-    /// From now on every read fails with `why`, unless it failed before.
-    pub(super) fn fail(&self, why: Error) {
-        self.failure.write().get_or_insert(why);
+    /// From now on every read fails with `why`, unless it failed before; whether this made it so.
+    pub(super) fn fail(&self, why: Error) -> bool {
+        let first = {
+            let mut failure = self.failure.write();
+            let first = failure.is_none();
+            failure.get_or_insert(why);
+            first
+        };
         for pool in self.pools.lock().iter() {
             pool.close();
         }
+        first
+    }
+
+    /// Whether nobody was told yet that scratch space gets short.
+    pub(super) fn warn_once(&self) -> bool {
+        !self.warned.swap(true, Ordering::AcqRel)
     }
 
     pub(super) fn scratch_used(&self) -> u64 {
@@ -329,27 +351,10 @@ impl Session {
     /// the transaction took effect.
     fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
         let ended = self.end(shared);
-        let Some(new) = checkpoint else { return ended };
-        let now = shared.look()?;
-        let mut removal = CheckpointRemoval {
-            name: new.name.clone(),
-            bitmaps: Vec::new(),
-        };
-        for bitmap in &new.bitmaps {
-            let disk = now.iter().find(|d| d.disk.target == bitmap.target);
-            let made = disk.is_some_and(|d| d.disk.bitmaps.iter().any(|b| b.name == bitmap.bitmap));
-            if made {
-                removal.bitmaps.push(RemoveBitmap {
-                    target: bitmap.target.clone(),
-                    bitmap: bitmap.bitmap.clone(),
-                    resume: bitmap.stop.is_some(),
-                    merge_into: bitmap.stop.clone(),
-                });
-            }
+        match checkpoint {
+            Some(new) => shared.undo_checkpoint(new).and(ended),
+            None => ended,
         }
-        let actions = shared.removal_actions(&removal)?;
-        shared.link.monitor()?.transaction(actions)?;
-        ended
     }
 }
 

@@ -20,12 +20,12 @@ impl Names {
         }
     }
 
-    /// Node: the scratch file.
+    /// Node: the scratch file, or the file that a push backup writes.
     pub(super) fn file(&self) -> String {
         self.with("file")
     }
 
-    /// Node: the scratch overlay, a qcow2 in the scratch file over the live disk.
+    /// Node: the scratch overlay, a qcow2 in the scratch file; or a push backup's target.
     pub(super) fn overlay(&self) -> String {
         self.with("over")
     }
@@ -58,6 +58,11 @@ impl Names {
     /// Export: the frozen disk with a bitmap, while a map is made.
     pub(super) fn map_export(&self) -> String {
         self.with("map")
+    }
+
+    /// Bitmap on the live node: what a push backup copies.
+    pub(super) fn bits(&self) -> String {
+        self.with("bits")
     }
 
     fn with(&self, role: &str) -> String {
