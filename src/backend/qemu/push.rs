@@ -20,6 +20,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -54,6 +55,8 @@ pub(super) struct PushSession {
     /// The QEMU process that holds it.
     pid: i32,
     parts: Vec<Part>,
+    /// Its jobs are there: the guard may look at them.
+    begun: AtomicBool,
     /// How the whole stands; once it is over, that stays.
     state: Mutex<JobState>,
     /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
@@ -73,6 +76,7 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<Box<dyn Push
         id: plan.id,
         pid: monitor.client().peer().pid,
         parts,
+        begun: AtomicBool::new(false),
         state: Mutex::new(JobState::Running),
         gone: Mutex::new(false),
     });
@@ -84,6 +88,7 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<Box<dyn Push
         }
         return Err(error);
     }
+    session.begun.store(true, Ordering::Release);
     Ok(Box::new(QemuPush {
         shared: Arc::clone(shared),
         session,
@@ -301,7 +306,7 @@ impl PushSession {
 
     /// Looks at the jobs: how far they are, and which have ended.
     pub(super) fn watch(&self, shared: &Shared) {
-        if !self.is_running() {
+        if !self.begun.load(Ordering::Acquire) || !self.is_running() {
             return;
         }
         let looked = shared.link.monitor().and_then(|monitor| {
@@ -414,7 +419,10 @@ impl PushSession {
             );
             match what(&part.names.job()) {
                 // It ended a moment ago.
-                Err(e) if !running || e.kind() == Kind::NotFound => {}
+                Err(e)
+                    if !running
+                        || e.kind() == Kind::NotFound
+                        || e.message().contains("in state 'concluded'") => {}
                 outcome => outcome.map_err(|e| part.during(e))?,
             }
         }
