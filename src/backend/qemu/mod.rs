@@ -399,7 +399,7 @@ impl Backend for Qemu {
         }
         let left = self.shared.pushes.lock().clone();
         for push in left {
-            result = result.and(push.close(&self.shared));
+            result = result.and(push.abort(&self.shared));
         }
         if let Some(daemon) = self.daemon.lock().take() {
             result = result.and(daemon.quit(&self.shared.link, self.shared.places.timeout));

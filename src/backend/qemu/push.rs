@@ -82,8 +82,7 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<Box<dyn Push
     });
     shared.pushes.lock().push(Arc::clone(&session));
     if let Err(error) = session.begin(shared, &monitor, plan.checkpoint.as_ref()) {
-        session.over(JobState::Failed(error.clone()));
-        if let Err(e) = session.undo(shared, plan.checkpoint.as_ref()) {
+        if let Err(e) = session.undo(shared, plan.checkpoint.as_ref(), &error) {
             log::error!("undoing a backup that could not begin: {e}");
         }
         return Err(error);
@@ -266,8 +265,8 @@ impl PushSession {
         monitor.transaction(actions)
     }
 
-    fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
-        let ended = self.end(shared);
+    fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>, why: &Error) -> Result<()> {
+        let ended = self.end(shared, JobState::Failed(why.clone()));
         match checkpoint {
             Some(new) => shared.undo_checkpoint(new).and(ended),
             None => ended,
@@ -296,11 +295,13 @@ impl PushSession {
 
     /// Fails: all disks do, and what was written is no backup.
     pub(super) fn fail(&self, shared: &Shared, why: Error) {
-        if self.over(JobState::Failed(why.clone())) {
-            shared.notify(Notice::Over(self.id, Err(why)));
-        }
-        if let Err(e) = self.end(shared) {
+        let was_running = self.is_running();
+        if let Err(e) = self.end(shared, JobState::Failed(why.clone())) {
             log::error!("ending push backup {}: {e}", self.id);
+        }
+        // Its owner may have broken it off meanwhile.
+        if was_running && matches!(*self.state.lock(), JobState::Failed(_)) {
+            shared.notify(Notice::Over(self.id, Err(why)));
         }
     }
 
@@ -351,19 +352,32 @@ impl PushSession {
         }
         let mut parts = self.parts.iter();
         let done = parts.all(|p| matches!(p.progress.lock().state, JobState::Ended(_)));
+        let mut gone = self.gone.lock();
         if done && self.over(JobState::Ended(Outcome::Completed)) {
+            *gone = true;
+            drop(gone);
             self.forget(shared);
             shared.notify(Notice::Over(self.id, Ok(Outcome::Completed)));
         }
     }
 
-    /// Takes everything apart; nothing is left to do after it succeeded once.
-    fn end(&self, shared: &Shared) -> Result<()> {
-        self.over(JobState::Ended(Outcome::Aborted));
+    /// Takes everything apart, and only then says that it is over; nothing is left to do after that
+    /// succeeded once.
+    fn end(&self, shared: &Shared, how: JobState) -> Result<()> {
         let mut gone = self.gone.lock();
         if *gone {
             return Ok(());
         }
+        let taken_apart = self.dissolve(shared);
+        self.over(how);
+        taken_apart?;
+        *gone = true;
+        drop(gone);
+        self.forget(shared);
+        Ok(())
+    }
+
+    fn dissolve(&self, shared: &Shared) -> Result<()> {
         let monitor = match shared.link.monitor() {
             Ok(monitor) => Some(monitor).filter(|m| m.client().peer().pid == self.pid),
             // Nobody listens: QEMU is gone, and with it all that we had there.
@@ -375,12 +389,7 @@ impl PushSession {
                 part.dissolve(&monitor).map_err(|e| part.during(e))?;
             }
         }
-        *gone = true;
-        if !matches!(*self.state.lock(), JobState::Ended(Outcome::Completed)) {
-            self.remove_files();
-        }
-        drop(gone);
-        self.forget(shared);
+        self.remove_files();
         Ok(())
     }
 
@@ -395,20 +404,20 @@ impl PushSession {
     }
 
     fn forget(&self, shared: &Shared) {
-        *self.gone.lock() = true;
         shared.pushes.lock().retain(|s| !std::ptr::eq(&**s, self));
     }
 
     /// What is left of a push backup that is over, and could not be taken apart when it was.
     pub(super) fn settle(&self, shared: &Shared) -> Result<()> {
-        if self.is_running() {
-            return Ok(());
+        match self.is_running() {
+            true => Ok(()),
+            false => self.abort(shared),
         }
-        self.end(shared)
     }
 
-    pub(super) fn close(&self, shared: &Shared) -> Result<()> {
-        self.end(shared)
+    /// Breaks it off if it still runs, and takes everything apart.
+    pub(super) fn abort(&self, shared: &Shared) -> Result<()> {
+        self.end(shared, JobState::Ended(Outcome::Aborted))
     }
 
     fn each_job(&self, what: impl Fn(&str) -> Result<()>) -> Result<()> {
@@ -469,7 +478,7 @@ impl Pushing for QemuPush {
             ));
         }
         if command == Control::Abort {
-            return session.end(&self.shared);
+            return session.abort(&self.shared);
         }
         let monitor = self.shared.link.monitor()?;
         session.each_job(|job| match command {
@@ -488,6 +497,6 @@ impl Pushing for QemuPush {
     }
 
     fn end(&self) -> Result<()> {
-        self.session.end(&self.shared)
+        self.session.abort(&self.shared)
     }
 }
