@@ -1,4 +1,4 @@
-//! Making, renaming, redefining and deleting checkpoints.
+//! Making, renaming and deleting checkpoints.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use super::domain::{Changes, CheckpointEntry, Domain};
 use super::history;
 use super::recovery::{forget, rename};
-use super::request::{CheckpointRequest, Redefinition};
+use super::request::CheckpointRequest;
 use super::store::Pending;
 use crate::model::{
     Checkpoint, CheckpointDisk, CheckpointRemoval, Disk, Error, Kind, Name, NewCheckpoint,
@@ -44,55 +44,6 @@ impl Domain {
         };
         work().map_err(|e| e.during(format!("create checkpoint {name}")))?;
         log::info!("checkpoint {name} made");
-        Ok(())
-    }
-
-    /// Takes up a checkpoint of which only the bitmaps are left. It must follow the newest one, so
-    /// that a series is redefined in its order; or be a branch off it, which is shown but cannot be
-    /// trusted, since its changes do not lead to the present.
-    pub fn redefine(&self, again: &Redefinition) -> Result<()> {
-        self.redefine_with(&again.checkpoint.name, |_| Ok(again.clone()))
-    }
-
-    pub(super) fn redefine_with(
-        &self,
-        name: &Name,
-        again: impl FnOnce(&[Disk]) -> Result<Redefinition>,
-    ) -> Result<()> {
-        let work = || {
-            let mut changes = self.begin_change()?;
-            let disks = self.disks()?;
-            let again = again(&disks)?;
-            let checkpoint = redefined(&again, &disks)?;
-            let all = &changes.record.checkpoints;
-            if let Some(known) = all.iter().find(|c| c.name == *name) {
-                let same = known.created == checkpoint.created
-                    && known.parent == checkpoint.parent
-                    && known.description == checkpoint.description
-                    && known.disks.len() == checkpoint.disks.len()
-                    && checkpoint.disks.iter().all(|d| {
-                        let known = known.disk(&d.target);
-                        known.is_some_and(|k| k.bitmap == d.bitmap)
-                    });
-                return match same {
-                    true => Ok(()),
-                    false => Err(Error::new(
-                        Kind::Exists,
-                        format!("there is another checkpoint {name} already"),
-                    )),
-                };
-            }
-            let place = place_of(&checkpoint, all)?;
-            let mut record = changes.record.clone();
-            record.last_created = record.last_created.max(Some(checkpoint.created));
-            record.checkpoints.insert(place, checkpoint);
-            self.store.save(&record)?;
-            changes.record = record;
-            self.publish(&mut changes);
-            Ok(())
-        };
-        work().map_err(|e| e.during(format!("redefine checkpoint {name}")))?;
-        log::info!("checkpoint {name} redefined");
         Ok(())
     }
 
@@ -372,107 +323,6 @@ impl Domain {
             }
         }
         Ok(())
-    }
-}
-
-/// The checkpoint of a redefinition, as far as the disks bear it out.
-fn redefined(again: &Redefinition, disks: &[Disk]) -> Result<Checkpoint> {
-    let request = &again.checkpoint;
-    let wanted = match &request.disks {
-        Some(wanted) => wanted.clone(),
-        None => {
-            let able = disks.iter().filter(|d| d.no_checkpoint.is_none());
-            able.map(|d| super::request::BitmapRequest {
-                disk: d.target.clone(),
-                bitmap: None,
-            })
-            .collect()
-        }
-    };
-    let mut covered = Vec::new();
-    for wanted in wanted {
-        let bitmap = wanted.bitmap.unwrap_or_else(|| request.name.to_string());
-        let disk = disks.iter().find(|d| d.target == wanted.disk);
-        let found = disk.and_then(|d| d.bitmaps.iter().find(|b| b.name == bitmap));
-        let flaw = match (disk, found) {
-            (None, _) => Some("the domain has no such disk".to_owned()),
-            (_, None) => Some(format!("there is no dirty bitmap {bitmap}")),
-            (_, Some(b)) if b.inconsistent => Some(format!(
-                "bitmap {bitmap} is inconsistent: the domain was not stopped cleanly"
-            )),
-            _ => None,
-        };
-        if let Some(why) = flaw.filter(|_| again.validate) {
-            return Err(
-                Error::new(Kind::Stale, format!("disk {}: {why}", wanted.disk))
-                    .hint("its changes are lost: take a full backup"),
-            );
-        }
-        covered.push(CheckpointDisk {
-            target: wanted.disk,
-            bitmap,
-            // The document does not say how large the disk was; a bitmap of another size could not be
-            // merged, and QEMU would say so.
-            size: disk.map_or(0, |d| d.size),
-            broken: None,
-        });
-    }
-    if covered.is_empty() {
-        return Err(Error::new(Kind::Invalid, "it covers no disk"));
-    }
-    Ok(Checkpoint {
-        name: request.name.clone(),
-        created: again.created,
-        parent: again.parent.clone(),
-        description: request.description.clone(),
-        disks: covered,
-    })
-}
-
-/// Where a redefined checkpoint belongs among the known ones, which are ordered by time.
-fn place_of(checkpoint: &Checkpoint, all: &[Checkpoint]) -> Result<usize> {
-    let invalid = |why: String| Err(Error::new(Kind::Invalid, why));
-    for disk in &checkpoint.disks {
-        let claimed = all.iter().find(|c| {
-            let theirs = c.disk(&disk.target);
-            theirs.is_some_and(|t| t.bitmap == disk.bitmap)
-        });
-        if let Some(other) = claimed {
-            return Err(Error::new(
-                Kind::Busy,
-                format!(
-                    "bitmap {} of disk {} belongs to checkpoint {}",
-                    disk.bitmap, disk.target, other.name
-                ),
-            ));
-        }
-    }
-    let parent = match &checkpoint.parent {
-        None => None,
-        Some(name) => match all.iter().find(|c| c.name == *name) {
-            None => {
-                return Err(
-                    Error::new(Kind::Invalid, format!("its parent {name} is not there"))
-                        .hint("redefine a series from the oldest on"),
-                );
-            }
-            known => known,
-        },
-    };
-    if parent.is_some_and(|p| p.created >= checkpoint.created) {
-        return invalid("it is not later than its parent".to_owned());
-    }
-    let place = all.partition_point(|c| c.created <= checkpoint.created);
-    let last = all.last();
-    match last {
-        Some(newest) if place == all.len() && Some(&newest.name) != checkpoint.parent.as_ref() => {
-            invalid(format!(
-                "it is later than the newest checkpoint {}, and not its child: the changes since \
-                 that one would be lost",
-                newest.name
-            ))
-        }
-        _ => Ok(place),
     }
 }
 

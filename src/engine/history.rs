@@ -29,8 +29,7 @@ pub(super) struct Chain {
 
 impl Chain {
     /// The chain of `disk` over `checkpoints`, which are ordered oldest first: from the newest one to
-    /// its parent, and so on. A checkpoint that is not on this way was redefined on a branch of its
-    /// own; what changed since is not known, and no link leads there.
+    /// its parent, and so on. What changed since a checkpoint that is not on this way is not known.
     pub(super) fn of(disk: &Disk, checkpoints: &[&Checkpoint]) -> Self {
         let mut chain = Self::default();
         let mut newest = true;

@@ -21,6 +21,7 @@ mod job;
 mod listing;
 mod once;
 mod recovery;
+mod redefine;
 mod request;
 mod status;
 mod store;
