@@ -1,5 +1,6 @@
 //! What a file shows: extents in, bytes out. Pure; nothing here asks anybody for anything.
 
+pub mod json;
 pub mod map;
 pub mod raw;
 pub mod yaml;
