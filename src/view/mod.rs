@@ -4,6 +4,7 @@ pub mod bmap;
 pub mod coarse;
 pub mod json;
 pub mod map;
+pub mod qcow2;
 pub mod raw;
 pub mod yaml;
 
