@@ -1,6 +1,10 @@
 //! What a file shows: extents in, bytes out. Pure; nothing here asks anybody for anything.
 
+pub mod bmap;
+pub mod coarse;
+pub mod json;
 pub mod map;
+pub mod qcow2;
 pub mod raw;
 pub mod yaml;
 
