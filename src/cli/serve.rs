@@ -153,6 +153,7 @@ fn serve(
         checkpoint: options.checkpoint,
         timeout: options.timeout,
         granularity: None,
+        slice_size: 8 << 20,
     };
     let domain = Arc::new(Domain::open(Arc::clone(backend), store, engine_options)?);
     let source = words.join(" ");

@@ -9,12 +9,14 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::once::Once;
+use super::stamps::Tables;
 use crate::backend::Frozen;
 use crate::model::{
     Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Outcome,
     PublicExport, Result, ServerAddress,
 };
 use crate::view;
+use crate::view::slices::Stamps;
 
 /// A checkpoint that a backup can list the changes since.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,9 +41,25 @@ pub struct Backup {
     pub(super) disks: Vec<BackupDisk>,
     /// Where other NBD clients can read the disks, if anywhere.
     pub(super) server: Option<ServerAddress>,
+    pub(super) tables: Arc<Tables>,
+    /// It holds `current/`, until it ends.
+    pub(super) current: bool,
+    /// Its place among the backups that run at the same time.
+    pub(super) slot: Option<u8>,
     pub(super) frozen: Box<dyn Frozen>,
     /// It was broken off by its owner.
     pub(super) aborted: AtomicBool,
+}
+
+/// A checkpoint that can be trusted on a disk.
+#[derive(Debug, Clone)]
+pub(super) struct Link {
+    /// The checkpoint's number.
+    pub(super) id: u32,
+    /// Its time, which is no other one's.
+    pub(super) created: SystemTime,
+    /// Its bitmap.
+    pub(super) bitmap: String,
 }
 
 /// One disk of a backup.
@@ -59,7 +77,8 @@ pub struct BackupDisk {
     pub(super) broken: Option<String>,
     /// The trusted checkpoints, oldest first, with their bitmaps; the last one recorded up to the
     /// instant, and its content is in the frozen copy.
-    pub(super) links: Vec<(u32, String)>,
+    pub(super) links: Vec<Link>,
+    pub(super) stamps: Once<Stamps>,
     pub(super) allocation: Once<Extents<Allocation>>,
     pub(super) changes: Mutex<HashMap<u32, Arc<Once<Extents<Change>>>>>,
 }
@@ -102,7 +121,7 @@ impl BackupDisk {
 
     /// Whether the changes since the checkpoint of this number are known on this disk.
     pub fn knows_since(&self, checkpoint: u32) -> bool {
-        self.links.iter().any(|&(id, _)| id == checkpoint)
+        self.links.iter().any(|l| l.id == checkpoint)
     }
 }
 
@@ -158,6 +177,17 @@ impl Backup {
         self.server.as_ref()
     }
 
+    /// Whether it holds `current/`: it began while nobody did, and keeps it until it ends.
+    pub fn holds_current(&self) -> bool {
+        self.current
+    }
+
+    /// Its place among the backups that run at the same time, from 1: the lowest that was free. So a
+    /// backup that runs alone, night after night, has the same one each time. None if all are taken.
+    pub fn slot(&self) -> Option<u8> {
+        self.slot
+    }
+
     /// How it stands. Asks nobody.
     pub fn state(&self) -> JobState {
         match self.failure() {
@@ -172,7 +202,7 @@ impl Backup {
         let disk = self.disks.iter().find(|d| d.target == target);
         // The newest link is read from the frozen copy, not from the bitmap.
         disk.and_then(|d| d.links.split_last())
-            .is_some_and(|(_, older)| older.iter().any(|l| l.1 == bitmap))
+            .is_some_and(|(_, older)| older.iter().any(|l| l.bitmap == bitmap))
     }
 
     /// Why the backup ended by itself, if it did.
@@ -212,7 +242,7 @@ impl Backup {
     /// What became of each part of a disk since a checkpoint; asked of the domain once.
     pub fn changes(&self, disk: usize, checkpoint: u32) -> Result<Arc<Extents<Change>>> {
         let (own, frozen) = self.disk(disk)?;
-        let Some(place) = own.links.iter().position(|&(id, _)| id == checkpoint) else {
+        let Some(place) = own.links.iter().position(|l| l.id == checkpoint) else {
             return Err(self.no_history(own));
         };
         let cell = Arc::clone(
@@ -224,7 +254,7 @@ impl Backup {
         cell.get(|| {
             // The newest link is left to the frozen copy: the bitmap itself may go on recording.
             let older = &own.links[place..own.links.len() - 1];
-            let bitmaps: Vec<String> = older.iter().map(|l| l.1.clone()).collect();
+            let bitmaps: Vec<String> = older.iter().map(|l| l.bitmap.clone()).collect();
             let dirty = frozen.changed(&bitmaps).map_err(|e| self.during(own, e))?;
             let dirty = self.whole(own, dirty)?;
             Ok(view::changes(&dirty, &*self.allocation(disk)?))

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
-use super::backup::{Backup, BackupDisk, Since};
+use super::backup::{Backup, BackupDisk, Link, Since};
 use super::checkpoints::no_checkpoint;
 use super::domain::{Changes, CheckpointEntry, Domain};
 use super::history::Chain;
@@ -137,7 +137,7 @@ impl Domain {
         for wanted in wanted {
             let disk = disk_of(start.disks, &wanted.disk)?;
             let own = start.pull_disk(disk, wanted)?;
-            let recording = own.links.last().map(|l| l.1.clone());
+            let recording = own.links.last().map(|l| l.bitmap.clone());
             plan.disks.push(FreezeDisk {
                 target: disk.target.clone(),
                 recording,
@@ -158,6 +158,8 @@ impl Domain {
             plan.checkpoint = new.cloned();
             self.backend.begin(&plan)
         })?;
+        // Nobody else can begin: the caller holds the right to change anything.
+        let running = self.backups();
         Ok(Job::Pull(Arc::new(Backup {
             id: start.id,
             name: start.name.clone(),
@@ -168,6 +170,9 @@ impl Domain {
             since: known,
             disks: own_disks,
             server: server.cloned(),
+            tables: Arc::clone(&self.tables),
+            current: running.iter().all(|b| !b.current),
+            slot: (1..=u8::MAX).find(|slot| running.iter().all(|b| b.slot != Some(*slot))),
             frozen,
             aborted: AtomicBool::new(false),
         })))
@@ -243,7 +248,15 @@ impl Domain {
                     self.with_new_checkpoint(changes, new, start.disks, |new| work(Some(new)))?;
                 Ok((made, created))
             }
-            None => Ok((work(None)?, SystemTime::now())),
+            None => {
+                // No two instants have the same time, whatever the clock does: stamps depend on it.
+                let begun = changes.record.next_time(SystemTime::now());
+                let mut record = changes.record.clone();
+                record.last_created = Some(begun);
+                self.store.save(&record)?;
+                changes.record = record;
+                Ok((work(None)?, begun))
+            }
         }
     }
 
@@ -369,8 +382,13 @@ impl Start<'_> {
             links: chain
                 .links
                 .into_iter()
-                .map(|(place, bitmap)| (self.entries[place].id, bitmap))
+                .map(|(place, bitmap)| Link {
+                    id: self.entries[place].id,
+                    created: self.entries[place].checkpoint.created,
+                    bitmap,
+                })
                 .collect(),
+            stamps: Once::new(),
             allocation: Once::new(),
             changes: Mutex::new(HashMap::new()),
         })
@@ -382,7 +400,7 @@ impl BackupDisk {
     fn public_export(&self, wanted: &PullDisk) -> Result<PublicExport> {
         let name = wanted.export_name.as_ref().unwrap_or(&self.target);
         let base = self.base.as_ref();
-        let from = base.and_then(|b| self.links.iter().position(|l| l.0 == b.id));
+        let from = base.and_then(|b| self.links.iter().position(|l| l.id == b.id));
         if let (Some(bitmap), None) = (&wanted.export_bitmap, from) {
             return Err(Error::new(
                 Kind::Invalid,
@@ -399,7 +417,7 @@ impl BackupDisk {
             let older = self.links[from..self.links.len() - 1].iter();
             (
                 bitmap.unwrap_or_else(|| format!("backup-{}", self.target)),
-                older.map(|l| l.1.clone()).collect(),
+                older.map(|l| l.bitmap.clone()).collect(),
             )
         });
         Ok(PublicExport {

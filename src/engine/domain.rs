@@ -13,6 +13,7 @@ use super::backup::Backup;
 use super::hub::Hub;
 use super::job::Job;
 use super::recovery::recover;
+use super::stamps::Tables;
 use super::status::{CheckpointStatus, disk_status};
 use super::store::{Record, Store};
 use crate::backend::Backend;
@@ -28,6 +29,8 @@ pub struct Options {
     /// Bytes that a bit of a new bitmap stands for; `None` leaves it to QEMU (64 KiB, or the image's
     /// cluster size where that is larger).
     pub granularity: Option<u64>,
+    /// Bytes in a slice of a disk; a power of two.
+    pub slice_size: u64,
 }
 
 impl Default for Options {
@@ -36,6 +39,7 @@ impl Default for Options {
             checkpoint: true,
             timeout: Duration::from_secs(30),
             granularity: None,
+            slice_size: 8 << 20,
         }
     }
 }
@@ -64,6 +68,7 @@ pub struct Domain {
     changes: Mutex<Changes>,
     pub(super) state: RwLock<State>,
     pub(super) hub: Arc<Hub>,
+    pub(super) tables: Arc<Tables>,
     closed: AtomicBool,
 }
 
@@ -104,7 +109,9 @@ impl Domain {
         let hub = Arc::new(Hub::default());
         let listener = Arc::clone(&hub);
         backend.listen(Box::new(move |notice| listener.notice(notice)));
+        let tables = Tables::new(store.dir().to_owned(), options.slice_size);
         Ok(Self {
+            tables: Arc::new(tables),
             backend,
             store,
             options,
@@ -176,6 +183,16 @@ impl Domain {
     /// The pull backup of this name. Asks nobody.
     pub fn backup(&self, name: &str) -> Option<Arc<Backup>> {
         self.job(name)?.pull().cloned()
+    }
+
+    /// The backup that holds `current/`. Asks nobody.
+    pub fn current_backup(&self) -> Option<Arc<Backup>> {
+        self.backups().into_iter().find(|b| b.holds_current())
+    }
+
+    /// The backup that has this place among those that run. Asks nobody.
+    pub fn backup_in_slot(&self, slot: u8) -> Option<Arc<Backup>> {
+        self.backups().into_iter().find(|b| b.slot() == Some(slot))
     }
 
     /// The pull backup of this number. Asks nobody.

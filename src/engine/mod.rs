@@ -23,6 +23,7 @@ mod once;
 mod recovery;
 mod redefine;
 mod request;
+mod stamps;
 mod status;
 mod store;
 

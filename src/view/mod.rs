@@ -6,6 +6,7 @@ pub mod json;
 pub mod map;
 pub mod qcow2;
 pub mod raw;
+pub mod slices;
 pub mod yaml;
 
 pub use map::changes;
