@@ -28,6 +28,7 @@ fn places(dir: &Path) -> Places {
         scratch_limit: None,
         format: None,
         domain: None,
+        tls_psk: None,
     }
 }
 
