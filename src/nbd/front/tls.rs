@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::Read;
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -29,10 +30,10 @@ use openssl::ssl::{
 use super::super::socket::Deadline;
 use super::channel::{Bell, End, Stream, wants};
 use super::error::FrontError;
-use std::os::fd::AsFd;
 
-/// TLS 1.2, best first.
-const CIPHERS: &str = "kECDHEPSK+CHACHA20:kDHEPSK+AESGCM:kDHEPSK+CHACHA20:kPSK+AESGCM";
+/// TLS 1.2, best first, except that curves come second: OpenSSL 3.0 would choose them for a client
+/// that has none, and then fail, even if there was another way.
+const CIPHERS: &str = "kDHEPSK+AESGCM:kDHEPSK+CHACHA20:kECDHEPSK+CHACHA20:kPSK+AESGCM";
 /// TLS 1.3: those with SHA-256.
 const SUITES: &str = "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256";
 
