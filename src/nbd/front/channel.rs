@@ -28,6 +28,8 @@ pub(super) enum End {
     Io(#[from] io::Error),
     #[error("TLS: {0}")]
     Tls(String),
+    #[error("it asked for an export that it may not have")]
+    UnknownExport,
     #[error("broken protocol: {0}")]
     Protocol(String),
 }

@@ -193,7 +193,7 @@ impl Mediator<'_> {
             match option {
                 wire::OPT_EXPORT_NAME => {
                     // It has no error reply: the connection ends.
-                    let export = site.names.find(&data).ok_or_else(unknown)?;
+                    let export = site.names.find(&data).ok_or(End::UnknownExport)?;
                     self.ask(option, export.private.as_bytes())?;
                     break;
                 }
@@ -233,7 +233,7 @@ impl Mediator<'_> {
             return Ok(false);
         };
         let Some(export) = self.client.site.names.find(name) else {
-            log::info!("NBD client: {}", unknown());
+            log::info!("NBD client: {}", End::UnknownExport);
             self.client.refuse(option, wire::REP_ERR_UNKNOWN)?;
             return Ok(false);
         };
@@ -294,10 +294,6 @@ fn published(reply: u32, data: Vec<u8>, export: &Export) -> Vec<u8> {
         return Vec::new(); // the error's text; its type says enough
     }
     data
-}
-
-fn unknown() -> End {
-    End::protocol("it asked for an export that it may not have")
 }
 
 #[cfg(test)]
