@@ -13,7 +13,7 @@ struct Spec {
     help: &'static str,
 }
 
-const TABLE: [Spec; 10] = [
+const TABLE: [Spec; 11] = [
     Spec {
         name: "state",
         value: "DIR",
@@ -57,6 +57,12 @@ const TABLE: [Spec; 10] = [
         help: "name of the domain, where the source has none; it finds its checkpoints again",
     },
     Spec {
+        name: "tls-psk",
+        value: "FILE",
+        help: "keys of the NBD clients of a backup whose <server> has tls='yes', in lines of \
+               user:hexkey as psktool makes them (none: such a backup is refused)",
+    },
+    Spec {
         name: "allow_other",
         value: "",
         help: "lets all users read, not the mounting user only",
@@ -85,6 +91,7 @@ pub(super) struct Options {
     pub(super) checkpoint: bool,
     pub(super) format: Option<String>,
     pub(super) domain: Option<String>,
+    pub(super) tls_psk: Option<PathBuf>,
     pub(super) allow_other: bool,
     pub(super) log: Option<PathBuf>,
 }
@@ -101,6 +108,7 @@ impl Options {
             checkpoint: true,
             format: None,
             domain: None,
+            tls_psk: None,
             allow_other: false,
             log: None,
         };
@@ -140,6 +148,7 @@ impl Options {
                 "checkpoint" => options.checkpoint = truth(name, value)?,
                 "format" => options.format = Some(value.to_owned()),
                 "domain" => options.domain = Some(value.to_owned()),
+                "tls-psk" => options.tls_psk = Some(absolute(value)?),
                 "allow_other" => options.allow_other = true,
                 _ => options.log = Some(absolute(value)?),
             }
@@ -168,6 +177,7 @@ impl Options {
         all.extend(self.scratch_limit.map(|n| ("scratch-limit", n.to_string())));
         all.extend(self.format.clone().map(|f| ("format", f)));
         all.extend(self.domain.clone().map(|d| ("domain", d)));
+        all.extend(self.tls_psk.as_deref().map(|p| ("tls-psk", path(p))));
         all.extend(self.log.as_deref().map(|l| ("log", path(l))));
         let owned = all
             .into_iter()
@@ -304,13 +314,14 @@ mod tests {
         let options = parse(&[
             "rw,scratch-limit=10G,noauto,x-systemd.after=a",
             "state=/s,checkpoint=no,_netdev",
-            "allow_other,log=/l,format=raw,domain=vm,timeout=5",
+            "allow_other,log=/l,format=raw,domain=vm,timeout=5,tls-psk=/k",
         ])
         .unwrap();
         assert_eq!(options.scratch, Path::new("/s/scratch"));
         assert_eq!(options.scratch_limit, Some(10 << 30));
         assert!(!options.checkpoint && options.allow_other);
-        assert_eq!(options.in_force().len(), 10);
+        assert_eq!(options.tls_psk.as_deref(), Some(Path::new("/k")));
+        assert_eq!(options.in_force().len(), 11);
     }
 
     #[test]

@@ -199,6 +199,7 @@ fn open(words: &[String], options: &Options) -> Result<Arc<dyn Backend>> {
         scratch_limit: options.scratch_limit,
         format: options.format.clone(),
         domain: options.domain.clone(),
+        tls_psk: options.tls_psk.clone(),
     })
 }
 

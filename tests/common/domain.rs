@@ -23,6 +23,7 @@ pub fn places(dir: &Path) -> Places {
         scratch_limit: None,
         format: None,
         domain: None,
+        tls_psk: None,
     }
 }
 

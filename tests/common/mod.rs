@@ -19,6 +19,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod tools;
+pub mod upstream;
 
 pub use console::Console;
 pub use fault::{Fault, QmpFault};

@@ -40,7 +40,7 @@ use super::scratch::{self, Scratch};
 use super::{Shared, action, server};
 use crate::backend::FrozenDisk;
 use crate::model::{
-    BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result,
+    BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
 };
 use crate::nbd;
 
@@ -75,6 +75,8 @@ pub(super) struct Session {
     server: AtomicBool,
     /// The connections of its readers.
     pub(super) pools: Mutex<Vec<Arc<nbd::Pool>>>,
+    /// The door for NBD clients from outside.
+    front: Mutex<Option<nbd::Front>>,
     /// Why it is over. Set before anything is taken apart.
     failure: RwLock<Option<Error>>,
     /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
@@ -87,6 +89,14 @@ pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFroz
     let monitor = shared.link.monitor()?;
     shared.not_migrating(&monitor)?;
     scratch::check_room(&shared.places.scratch)?;
+    if plan.server.is_some() && Access::of(monitor.client().version()).asks_the_overlay() {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "this QEMU, before 8.0, shows NBD clients newer data than it should; fleecefs works \
+             around that, and other clients cannot",
+        )
+        .hint("leave <server> out and read the files, or use a newer QEMU"));
+    }
     let mut parts = Vec::new();
     for (index, disk) in plan.disks.iter().enumerate() {
         parts.push(part(shared, plan.id, index, disk)?);
@@ -100,11 +110,13 @@ pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFroz
         warned: AtomicBool::new(false),
         server: AtomicBool::new(false),
         pools: Mutex::default(),
+        front: Mutex::default(),
         failure: RwLock::new(None),
         gone: Mutex::new(false),
     });
     shared.sessions.lock().push(Arc::clone(&session));
-    match session.begin(shared, &monitor, plan.checkpoint.as_ref()) {
+    let server = plan.server.as_ref();
+    match session.begin(shared, &monitor, plan.checkpoint.as_ref(), server) {
         Ok(disks) => {
             session.begun.store(true, Ordering::Release);
             Ok(QemuFrozen::new(Arc::clone(shared), session, disks))
@@ -205,9 +217,35 @@ impl Part {
         monitor.export_add(&export, &access, &export, &[])
     }
 
+    /// Exports it once more, with the changes as a bitmap, for clients from outside; the public and
+    /// the private name.
+    fn publish(&self, monitor: &Monitor) -> Result<Option<(String, String)>> {
+        let Some(public) = &self.export else {
+            return Ok(None);
+        };
+        let export = self.names.public_export();
+        let (access, overlay) = (self.names.access(), self.names.overlay());
+        let bitmap = match (&public.bitmap, &self.recorded) {
+            (Some((bitmap, older)), Some((_, granularity))) => {
+                let mut sources: Vec<_> = older
+                    .iter()
+                    .map(|name| json!({"node": self.node, "name": name}))
+                    .collect();
+                sources.push(json!({"node": overlay, "name": TAIL}));
+                monitor.bitmap_add(&overlay, bitmap, *granularity)?;
+                monitor.bitmap_merge(&overlay, bitmap, sources)?;
+                Some((overlay.as_str(), bitmap.as_str()))
+            }
+            _ => None,
+        };
+        monitor.export_add(&export, &access, &export, bitmap.as_slice())?;
+        Ok(Some((public.name.clone(), export)))
+    }
+
     /// Removes every trace, in the order that neither deadlocks QEMU nor shows a reader newer data:
     /// its readers, the export, the job, the nodes from the top down.
     fn dissolve(&self, monitor: &Monitor) -> Result<()> {
+        monitor.export_del(&self.names.public_export())?;
         monitor.export_del(&self.names.map_export())?;
         monitor.export_del(&self.names.export())?;
         monitor.job_cancel(&self.names.job())?;
@@ -228,6 +266,7 @@ impl Session {
         shared: &Arc<Shared>,
         monitor: &Monitor,
         checkpoint: Option<&NewCheckpoint>,
+        address: Option<&ServerAddress>,
     ) -> Result<Vec<Box<dyn FrozenDisk>>> {
         for part in &self.parts {
             let scratch = part.prepare(shared, monitor).map_err(|e| part.during(e))?;
@@ -249,12 +288,39 @@ impl Session {
             }
             part.access(monitor).map_err(|e| part.during(e))?;
         }
+        if let Some(address) = address {
+            self.open_front(shared, monitor, address)?;
+        }
         let mut disks: Vec<Box<dyn FrozenDisk>> = Vec::new();
         for index in 0..self.parts.len() {
             let disk = QemuDisk::open(shared, self, index)?;
             disks.push(Box::new(disk));
         }
         Ok(disks)
+    }
+
+    /// Lets NBD clients from outside have the disks.
+    fn open_front(
+        &self,
+        shared: &Shared,
+        monitor: &Monitor,
+        address: &ServerAddress,
+    ) -> Result<()> {
+        let keys = match (address, &shared.places.tls_psk) {
+            (ServerAddress::Tcp { tls: true, .. }, Some(path)) => {
+                Some(nbd::Psk::load(path).map_err(front_error)?)
+            }
+            _ => None,
+        };
+        let mut exports = Vec::new();
+        for part in &self.parts {
+            exports.extend(part.publish(monitor).map_err(|e| part.during(e))?);
+        }
+        let upstream = server::socket(&shared.rundir);
+        let timeout = shared.places.timeout;
+        let front = nbd::Front::start(address, upstream, exports, keys, timeout);
+        *self.front.lock() = Some(front.map_err(front_error)?);
+        Ok(())
     }
 
     /// The node under this backup's filter, if `node` is one.
@@ -280,6 +346,7 @@ impl Session {
             failure.get_or_insert(why);
             first
         };
+        drop(self.front.lock().take());
         for pool in self.pools.lock().iter() {
             pool.close();
         }
@@ -355,6 +422,19 @@ impl Session {
             Some(new) => shared.undo_checkpoint(new).and(ended),
             None => ended,
         }
+    }
+}
+
+/// A front that did not open, for users.
+fn front_error(error: nbd::FrontError) -> Error {
+    let text = error.to_string();
+    match error {
+        nbd::FrontError::InUse { .. } => Error::new(Kind::Busy, text)
+            .hint("choose another address, or remove what is there if nobody uses it"),
+        nbd::FrontError::NoKeys { .. } | nbd::FrontError::Keys { .. } => {
+            Error::new(Kind::Invalid, text).hint("psktool -u NAME -p FILE makes a key file")
+        }
+        nbd::FrontError::Listen { .. } => Error::new(Kind::Io, text),
     }
 }
 

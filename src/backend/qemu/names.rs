@@ -60,6 +60,11 @@ impl Names {
         self.with("map")
     }
 
+    /// Export: the frozen disk as NBD clients from outside have it.
+    pub(super) fn public_export(&self) -> String {
+        self.with("pub")
+    }
+
     /// Bitmap on the live node: what a push backup copies.
     pub(super) fn bits(&self) -> String {
         self.with("bits")
@@ -81,10 +86,10 @@ pub(super) fn plain(text: &str) -> String {
 }
 
 /// Bitmap on the overlay: the frozen copy of what recorded up to the instant.
-pub(super) const TAIL: &str = "tail";
+pub(super) const TAIL: &str = "fleece-tail";
 
 /// Bitmap on the overlay: a union, while a map is made of it.
-pub(super) const UNION: &str = "union";
+pub(super) const UNION: &str = "fleece-union";
 
 #[cfg(test)]
 mod tests {
