@@ -60,6 +60,8 @@ pub(super) struct State {
 }
 
 /// A domain whose checkpoints and backups can be managed: the RFC's API as a library.
+///
+#[doc = include_str!("../../docs/rfc.md")]
 pub struct Domain {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) store: Store,
