@@ -215,6 +215,66 @@ fn a_running_push_is_steered_and_aborted() {
     f.domain.close().unwrap();
 }
 
+/// REUSE_EXTERNAL: an image that knows what it is based on, and a raw file full of something else.
+#[test]
+fn prepared_targets_are_written_into() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let mut rng = Rng::from_env();
+    let f = fixture(&[8 * MIB, 4 * MIB]);
+    let path = |name: &str| f.dir.path().join(name);
+    let mut models = [("vda", Disk::new(8 * MIB)), ("vdb", Disk::new(4 * MIB))];
+    scatter(&f, &mut rng, &mut models);
+    let (full, next, copy) = (path("full"), path("next"), path("copy.raw"));
+    let job = push(
+        &f.domain,
+        "full",
+        &document(None, &[("vda", "qcow2", &full, "")]),
+    );
+    assert_eq!(finish(&f.domain, job), Outcome::Completed);
+    f.qemu.guest_zero("vda", 0, 4 * MIB);
+    models[0].1.apply(Write {
+        offset: 0,
+        length: 4 * MIB,
+        pattern: 0,
+    });
+    scatter(&f, &mut rng, &mut models);
+    run(
+        "qemu-img",
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            text(&full),
+            text(&next),
+        ],
+    );
+    std::fs::write(&copy, vec![0xff; 4 << 20]).unwrap();
+    let document = document(
+        None,
+        &[
+            ("vda", "qcow2", &next, "incremental='full'"),
+            ("vdb", "raw", &copy, ""),
+        ],
+    );
+    let refused = f
+        .domain
+        .begin_backup_from(&name("next"), document.as_bytes());
+    assert_eq!(refused.unwrap_err().kind(), Kind::Exists);
+    let job = f
+        .domain
+        .begin_backup_xml(&name("next"), document.as_bytes(), None, true);
+    let instant = models.clone();
+    scatter(&f, &mut rng, &mut models);
+    assert_eq!(finish(&f.domain, job.unwrap()), Outcome::Completed);
+    assert_holds(&next, "qcow2", &instant[0].1, "onto its base");
+    assert_holds(&copy, "raw", &instant[1].1, "over something else");
+    f.domain.close().unwrap();
+}
+
 /// Whatever is refused leaves neither job nor node nor file nor checkpoint.
 #[test]
 fn refusals_leave_nothing() {
