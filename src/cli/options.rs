@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::model::{Error, Kind, Result};
+use crate::model::{Error, Kind, Result, SIZES, parse_size};
 
 struct Spec {
     name: &'static str,
@@ -270,27 +270,11 @@ fn seconds(value: &str) -> Result<Duration> {
     }
 }
 
-/// Bytes, or with K, M, G, T, P the power of 1024.
+/// A size that is not 0.
 fn size(name: &str, value: &str) -> Result<u64> {
-    let wrong = || {
-        invalid(format!("{name}={value} is no size"))
-            .hint("write a number of bytes, or 500M, 10G, 2T")
-    };
-    let digits = value.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift = match &value[digits.len()..] {
-        "" => 0,
-        "K" | "k" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        "P" => 50,
-        _ => return Err(wrong()),
-    };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    match number.checked_mul(1 << shift) {
-        Some(0) | None => Err(wrong()),
-        Some(bytes) => Ok(bytes),
-    }
+    parse_size(value)
+        .filter(|&bytes| bytes != 0)
+        .ok_or_else(|| invalid(format!("{name}={value} is no size")).hint(SIZES))
 }
 
 #[cfg(test)]

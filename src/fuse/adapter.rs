@@ -11,13 +11,17 @@ use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
     IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollNotifier,
     RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyXattr, Request, TimeOrNow,
+    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow, WriteFlags,
 };
 
-use super::convert::{LARGEST, file_type, no, reply_attr, reply_empty, reply_entry};
+use super::convert::{
+    LARGEST, caching, file_type, no, reply_attr, reply_create, reply_empty, reply_entry,
+};
 use super::errno::errno;
 use super::workers::{Workers, guarded};
-use crate::vfs::{self, Ask, Caching, Change, Handle, Ino, Seek, Vfs};
+use crate::model::Result;
+use crate::vfs::{self, Ask, Change, Handle, Ino, Opened, Seek, Vfs};
 
 /// Threads that read disks: as many reads of 1 MiB are under way at once.
 const READERS: usize = 8;
@@ -131,23 +135,70 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if flags.acc_mode() != OpenAccMode::O_RDONLY {
-            guarded("open", || {
-                reply.error(self.refuse(ino, None, Change::Content))
+        let answer = move |opened: Result<Opened>| match opened {
+            Ok(opened) => {
+                // Close has nothing to say of what is not a document: with this flag (Linux 5.16) the
+                // kernel does not even ask, once a file.
+                let flags = caching(&opened) | FopenFlags::FOPEN_NOFLUSH;
+                reply.opened(FileHandle(opened.handle.0), flags);
+            }
+            Err(e) => reply.error(no(&e)),
+        };
+        if flags.acc_mode() == OpenAccMode::O_RDONLY {
+            self.answer("open", ino, Ask::Open, move |vfs| {
+                answer(vfs.open(Ino(ino.0)));
             });
-            return;
+        } else {
+            guarded("open", || answer(self.vfs.open_to_write(Ino(ino.0))));
         }
-        self.answer("open", ino, Ask::Open, move |vfs| {
-            match vfs.open(Ino(ino.0)) {
-                Ok(opened) => {
-                    let flags = match opened.caching {
-                        Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
-                        Caching::Bypass => FopenFlags::FOPEN_DIRECT_IO,
-                    };
-                    reply.opened(FileHandle(opened.handle.0), flags);
-                }
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        guarded("create", || {
+            reply_create(reply, self.vfs.create(Ino(parent.0), name));
+        });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let data = data.to_vec();
+        self.answer("write", ino, Ask::Write, move |vfs| {
+            match vfs.write(Handle(fh.0), offset, &data) {
+                Ok(()) => reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX)),
                 Err(e) => reply.error(no(&e)),
             }
+        });
+    }
+
+    fn flush(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.answer("flush", ino, Ask::Flush, move |vfs| {
+            reply_empty(reply, vfs.flush(Handle(fh.0)));
         });
     }
 
@@ -166,7 +217,7 @@ impl Filesystem for Adapter {
         let size = size as usize;
         guarded("read", || {
             if let Some(text) = self.vfs.opened_text(handle) {
-                reply.data(vfs::window(&text, offset, size));
+                reply.data(vfs::window(text.as_bytes(), offset, size));
                 return;
             }
             // No thread need wake up for a hole, nor memory be cleared for it.
@@ -281,19 +332,7 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    // Files never change, so there is nothing to flush or to sync.
-
-    fn flush(
-        &self,
-        _: &Request,
-        _ino: INodeNo,
-        _fh: FileHandle,
-        _lock_owner: LockOwner,
-        reply: ReplyEmpty,
-    ) {
-        // The kernel takes it for "never ask again".
-        reply.error(Errno::ENOSYS);
-    }
+    // Nothing is stored, so there is nothing to sync.
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         reply.ok();
@@ -353,7 +392,7 @@ impl Filesystem for Adapter {
         _mode: Option<u32>,
         _uid: Option<u32>,
         _gid: Option<u32>,
-        _size: Option<u64>,
+        size: Option<u64>,
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
@@ -365,22 +404,7 @@ impl Filesystem for Adapter {
         reply: ReplyAttr,
     ) {
         guarded("setattr", || {
-            reply.error(self.refuse(ino, None, Change::Attributes));
-        });
-    }
-
-    fn create(
-        &self,
-        _: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        _mode: u32,
-        _umask: u32,
-        _flags: i32,
-        reply: ReplyCreate,
-    ) {
-        guarded("create", || {
-            reply.error(self.refuse(parent, Some(name), Change::Create));
+            reply_attr(reply, self.vfs.setattr(Ino(ino.0), size));
         });
     }
 
@@ -422,13 +446,21 @@ impl Filesystem for Adapter {
         _: &Request,
         parent: INodeNo,
         name: &OsStr,
-        _: INodeNo,
-        _: &OsStr,
-        _: RenameFlags,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        guarded("rename", || {
-            reply.error(self.refuse(parent, Some(name), Change::Rename));
+        if !(flags - RenameFlags::RENAME_NOREPLACE).is_empty() {
+            guarded("rename", || {
+                reply.error(self.refuse(parent, Some(name), Change::Exchange));
+            });
+            return;
+        }
+        let (name, new_name) = (name.to_owned(), new_name.to_owned());
+        self.ask("rename", move |vfs| {
+            let (from, to) = ((Ino(parent.0), &*name), (Ino(new_parent.0), &*new_name));
+            reply_empty(reply, vfs.rename(from, to));
         });
     }
 

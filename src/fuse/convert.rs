@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use fuser::{Errno, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyEmpty, ReplyEntry};
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate,
+    ReplyEmpty, ReplyEntry,
+};
 
 use super::errno::errno;
 use crate::model::{Error, Result};
-use crate::vfs::{Attr, FileKind, Found};
+use crate::vfs::{Attr, Caching, Created, FileKind, Found, Opened};
 
 /// The largest read: also what the kernel allows.
 pub(super) const LARGEST: u32 = 1024 * 1024;
@@ -51,6 +54,27 @@ pub(super) fn reply_entry(reply: ReplyEntry, found: Result<Found>) {
             &found.name_ttl,
             &file_attr(&found.attr),
             Generation(0),
+        ),
+        Err(e) => reply.error(no(&e)),
+    }
+}
+
+pub(super) fn caching(opened: &Opened) -> FopenFlags {
+    match opened.caching {
+        Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
+        Caching::Bypass => FopenFlags::FOPEN_DIRECT_IO,
+    }
+}
+
+pub(super) fn reply_create(reply: ReplyCreate, created: Result<Created>) {
+    match created {
+        // There is one time for both the name and the attributes, and neither holds for any.
+        Ok(Created { found, opened }) => reply.created(
+            &found.attr_ttl.min(found.name_ttl),
+            &file_attr(&found.attr),
+            Generation(0),
+            FileHandle(opened.handle.0),
+            caching(&opened),
         ),
         Err(e) => reply.error(no(&e)),
     }

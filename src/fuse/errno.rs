@@ -15,6 +15,7 @@ pub(super) fn errno(kind: Kind) -> Errno {
         Kind::IsADirectory => Errno::EISDIR,
         Kind::Invalid => Errno::EINVAL,
         Kind::NameTooLong => Errno::ENAMETOOLONG,
+        Kind::TooLarge => Errno::EFBIG,
         Kind::Busy => Errno::EBUSY,
         Kind::NoSpace => Errno::ENOSPC,
         Kind::Unsupported => Errno::EOPNOTSUPP,

@@ -24,6 +24,8 @@ pub enum Kind {
     Invalid,
     /// ENAMETOOLONG: longer than a name may be.
     NameTooLong,
+    /// EFBIG: more than a document may hold.
+    TooLarge,
     /// EBUSY: something else holds what is needed; trying later can work.
     Busy,
     /// ENOSPC: scratch space would not hold.

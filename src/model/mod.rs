@@ -7,6 +7,7 @@ mod error;
 mod extents;
 mod job;
 mod name;
+mod size;
 mod target;
 
 pub use backup::{BackupPlan, CopyDisk, FreezeDisk, JobId, PublicExport, PushPlan};
@@ -19,4 +20,5 @@ pub use error::{Error, Kind, Result};
 pub use extents::{Extent, Extents};
 pub use job::{Control, Event, Happening, JobInfo, JobState, Mode, Outcome};
 pub use name::Name;
+pub use size::{SIZES, parse_size, show_size};
 pub use target::{Format, Image, ServerAddress, Target};

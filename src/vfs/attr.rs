@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime};
 use super::node::{FileKind, Ino, Node};
 use super::types::{Ask, Attr, FOREVER, Found, SHORTLY};
 use super::{Vfs, refusals};
-use crate::engine::Backup;
-use crate::model::{Kind, Result};
+use crate::engine::{Backup, Job};
+use crate::model::{Kind, Mode, Result};
 use crate::view;
 
 /// Size and blocks, and how long they hold.
@@ -51,6 +51,12 @@ impl Vfs {
                 Ask::Attributes | Ask::Open,
             ) => self.texts.known(node).is_none(),
             (Node::DomainXml | Node::CheckpointStatus(_), Ask::Open) => true,
+            // Of a pull backup everything is known here.
+            (Node::BackupStatus(job), Ask::Open) => {
+                self.job(job).is_ok_and(|job| job.mode() == Mode::Push)
+            }
+            (Node::BackupControl(_) | Node::CheckpointControl(_), Ask::Write) => true,
+            (Node::BackupDraft(_) | Node::CheckpointDraft(_), Ask::Flush) => true,
             _ => false,
         }
     }
@@ -67,13 +73,20 @@ impl Vfs {
 
     fn attributes(&self, node: Node, ask: bool) -> Result<(Attr, Duration)> {
         let kind = node.kind();
-        let perm = match (kind, self.facts.allow_other) {
+        let own = match (kind, node) {
             (FileKind::Symlink, _) => 0o777,
-            (FileKind::Directory, false) => 0o700,
-            (FileKind::Directory, true) => 0o755,
-            (FileKind::File, false) => 0o400,
-            (FileKind::File, true) => 0o444,
+            (FileKind::Directory, _) => 0o700,
+            (_, Node::CheckpointDraft(_) | Node::BackupDraft(_)) => 0o600,
+            (_, Node::CheckpointControl(_) | Node::BackupControl(_)) => 0o600,
+            _ => 0o400,
         };
+        // Others may look and read, and nothing more.
+        let others = if self.facts.allow_other {
+            0o055 & (own >> 3 | own >> 6)
+        } else {
+            0
+        };
+        let perm = own | others;
         let extent = self.extent(node, ask)?;
         let attr = Attr {
             ino: node.ino()?,
@@ -108,13 +121,22 @@ impl Vfs {
             }
             // These change under the same number, and what they would say now is not worth a
             // question: the size of the last text will do.
-            Node::DomainXml | Node::CheckpointStatus(_) => {
+            Node::DomainXml | Node::CheckpointStatus(_) | Node::BackupStatus(_)
+                if self.asks(node.ino()?, Ask::Open) =>
+            {
                 let length = self.texts.known(node).map_or(0, |text| text.len());
                 Extent::text(length, Duration::ZERO)
             }
-            Node::Status | Node::LastError | Node::BackupStatus(_) | Node::CheckpointXml(_) => {
-                Extent::text(self.text(node)?.len(), Duration::ZERO)
+            Node::Events => Extent::text(self.events.extent().0, Duration::ZERO),
+            Node::CheckpointDraft(_) | Node::BackupDraft(_) => {
+                Extent::text(self.drafts.get(node)?.extent().0, Duration::ZERO)
             }
+            Node::Status
+            | Node::LastError
+            | Node::BackupStatus(_)
+            | Node::CheckpointXml(_)
+            | Node::CheckpointControl(_)
+            | Node::BackupControl(_) => Extent::text(self.text(node)?.len(), Duration::ZERO),
             Node::BackupXml(_) | Node::BackupCheckpointXml(_) | Node::BackupDomainXml(_) => {
                 Extent::text(self.text(node)?.len(), FOREVER)
             }
@@ -130,7 +152,7 @@ impl Vfs {
                 size: 0,
                 blocks: 0,
                 ttl: match (node, node.job()) {
-                    (Node::Checkpoints | Node::Backups, _) => Duration::ZERO,
+                    (Node::Checkpoints | Node::Backups | Node::Checkpoint(_), _) => Duration::ZERO,
                     (_, Some(_)) => FOREVER,
                     _ => SHORTLY,
                 },
@@ -142,17 +164,20 @@ impl Vfs {
         if let Some(job) = node.job() {
             return Ok(match node {
                 Node::BackupStatus(_) => SystemTime::now(),
-                _ => self.backup(job)?.begun(),
+                _ => self.job(job)?.begun(),
             });
         }
         Ok(match node {
             Node::Checkpoints => self.changed.lock().checkpoints,
             Node::Backups => self.changed.lock().backups,
             Node::Status => SystemTime::now(),
+            Node::Events => self.events.extent().1,
+            Node::CheckpointDraft(_) | Node::BackupDraft(_) => self.drafts.get(node)?.extent().1,
             Node::LastError => self.refusals.newest().unwrap_or(self.mounted),
             Node::Checkpoint(c)
             | Node::CheckpointXml(c)
             | Node::CheckpointStatus(c)
+            | Node::CheckpointControl(c)
             | Node::Parent(c)
             | Node::Children(c) => self.checkpoint(c)?.checkpoint.created,
             Node::Child(_, child) => self.checkpoint(child)?.checkpoint.created,
@@ -166,8 +191,11 @@ impl Vfs {
             Node::Root => directories(2),
             Node::Checkpoints => directories(self.domain.checkpoints().len()),
             Node::Checkpoint(_) => directories(1),
-            Node::Backups => directories(self.domain.backups().len()),
-            Node::Backup(_) => directories(3),
+            Node::Backups => directories(self.domain.jobs().len()),
+            Node::Backup(job) => match self.job(job)? {
+                Job::Pull(_) => directories(3),
+                Job::Push(_) => directories(0),
+            },
             Node::SinceDir(job) => directories(self.backup(job)?.since().len()),
             // disk.raw and raw/<first disk>.raw
             Node::Raw(_, 0) => 2,

@@ -3,9 +3,11 @@
 //!
 //! ```text
 //!   node      inode numbers, computed                 tree     names: lookup, readdir, readlink
-//!   attr      getattr: sizes, blocks, times, links    open     open, read, lseek
-//!   change    mkdir, rmdir, and what is refused       text     what status, maps and XML say
-//!   refusals  last-error
+//!   attr      getattr: sizes, blocks, times, links    open     open, read, write, lseek
+//!   change    mkdir, rmdir, rename; what is refused   text     what status, maps and XML say
+//!   draft     documents that are being written        control  words that are obeyed at once
+//!   refusals  last-error                              events   what happened
+//!   status    the three kinds of status               documents  what XML says
 //! ```
 //!
 //! Two rules hold everywhere. What does not need the domain does not wait for it: looking up a
@@ -15,6 +17,10 @@
 
 mod attr;
 mod change;
+mod control;
+mod documents;
+mod draft;
+mod events;
 mod node;
 mod open;
 mod refusals;
@@ -30,9 +36,9 @@ use parking_lot::Mutex;
 
 pub use node::{FileKind, Ino, Node};
 pub use open::window;
-pub use types::{Ask, Attr, Caching, Change, DirEntry, Found, Handle, Opened, Seek};
+pub use types::{Ask, Attr, Caching, Change, Created, DirEntry, Found, Handle, Opened, Seek};
 
-use crate::engine::{Backup, CheckpointEntry, Domain};
+use crate::engine::{Backup, CheckpointEntry, Domain, Job};
 use crate::model::{Error, Kind, Result};
 
 /// What the mount is, for `status` and for the owner of files.
@@ -58,7 +64,9 @@ pub struct Vfs {
     /// When `checkpoints/` and `backups/` last changed.
     changed: Mutex<Changed>,
     refusals: refusals::Refusals,
+    events: events::Events,
     texts: text::Texts,
+    drafts: draft::Drafts,
     files: open::Files,
 }
 
@@ -72,6 +80,7 @@ impl Vfs {
     pub fn new(domain: Arc<Domain>, facts: Facts) -> Self {
         let mounted = SystemTime::now();
         Self {
+            events: events::Events::new(domain.subscribe()),
             domain,
             facts,
             mounted,
@@ -81,6 +90,7 @@ impl Vfs {
             }),
             refusals: refusals::Refusals::default(),
             texts: text::Texts::default(),
+            drafts: draft::Drafts::default(),
             files: open::Files::default(),
         }
     }
@@ -100,10 +110,18 @@ impl Vfs {
         })
     }
 
-    fn backup(&self, job: u32) -> Result<Arc<Backup>> {
+    fn job(&self, id: u32) -> Result<Job> {
         self.domain
-            .backup_by_id(job)
+            .job_by_id(id)
             .ok_or_else(|| Error::new(Kind::NotFound, "the backup has ended"))
+    }
+
+    /// The backup of this number, of which there are disks to read.
+    fn backup(&self, job: u32) -> Result<Arc<Backup>> {
+        match self.job(job)? {
+            Job::Pull(backup) => Ok(backup),
+            Job::Push(_) => Err(Error::new(Kind::NotFound, "a push backup is not read here")),
+        }
     }
 
     fn checkpoint(&self, id: u32) -> Result<Arc<CheckpointEntry>> {

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! So there is no table that grows with every lookup and no count of references to keep. Numbers
-//! of jobs and checkpoints are never given out twice while the mount lives, hence neither are
-//! these: whatever the kernel still caches under a number can never show other content.
+//! of jobs, checkpoints and drafts are never given out twice while the mount lives, hence neither
+//! are these: whatever the kernel still caches under a number can never show other content.
 
 use crate::model::{Error, Kind, Result};
 
@@ -24,6 +24,8 @@ impl Ino {
 pub type CheckpointId = u32;
 /// Number of a backup.
 pub type Job = u32;
+/// Number of a document that is being written, where a checkpoint's would be.
+pub type DraftId = u32;
 /// Place of a disk in its backup.
 pub type DiskIndex = u16;
 
@@ -38,6 +40,8 @@ pub enum Node {
     Status,
     /// `last-error`
     LastError,
+    /// `events`
+    Events,
     /// `checkpoints/`
     Checkpoints,
     /// `checkpoints/C/`
@@ -46,14 +50,20 @@ pub enum Node {
     CheckpointXml(CheckpointId),
     /// `checkpoints/C/status`
     CheckpointStatus(CheckpointId),
+    /// `checkpoints/C/control`
+    CheckpointControl(CheckpointId),
     /// `checkpoints/C/parent`
     Parent(CheckpointId),
     /// `checkpoints/C/children/`
     Children(CheckpointId),
     /// `checkpoints/C/children/D`
     Child(CheckpointId, CheckpointId),
+    /// `checkpoints/C.xml`, while it is being written
+    CheckpointDraft(DraftId),
     /// `backups/`
     Backups,
+    /// `backups/B.xml`, while it is being written
+    BackupDraft(DraftId),
     /// `backups/B/`
     Backup(Job),
     /// `backups/B/backup.xml`
@@ -64,6 +74,8 @@ pub enum Node {
     BackupDomainXml(Job),
     /// `backups/B/status`
     BackupStatus(Job),
+    /// `backups/B/control`
+    BackupControl(Job),
     /// `backups/B/dirty.map`
     DirtyMap(Job),
     /// `backups/B/raw/`
@@ -136,6 +148,11 @@ impl Node {
             23 => Self::SinceDir(job),
             24 => Self::Since(job, c),
             25 => Self::SinceMap(job, c, disk),
+            26 => Self::Events,
+            27 => Self::CheckpointControl(c),
+            28 => Self::CheckpointDraft(c),
+            29 => Self::BackupDraft(c),
+            30 => Self::BackupControl(job),
             _ => return None,
         };
         // Bits that the kind has no use for must be clear, so that one thing has one number.
@@ -170,6 +187,11 @@ impl Node {
             Self::SinceDir(job) => (23, 0, job, 0),
             Self::Since(job, c) => (24, 0, job, c),
             Self::SinceMap(job, c, disk) => (25, disk, job, c),
+            Self::Events => (26, 0, 0, 0),
+            Self::CheckpointControl(c) => (27, 0, 0, c),
+            Self::CheckpointDraft(draft) => (28, 0, 0, draft),
+            Self::BackupDraft(draft) => (29, 0, 0, draft),
+            Self::BackupControl(job) => (30, 0, job, 0),
         }
     }
 
@@ -206,19 +228,22 @@ impl Node {
             | Self::DomainXml
             | Self::Status
             | Self::LastError
+            | Self::Events
             | Self::Checkpoints
             | Self::Backups => Self::Root,
-            Self::Checkpoint(_) => Self::Checkpoints,
+            Self::Checkpoint(_) | Self::CheckpointDraft(_) => Self::Checkpoints,
             Self::CheckpointXml(c)
             | Self::CheckpointStatus(c)
+            | Self::CheckpointControl(c)
             | Self::Parent(c)
             | Self::Children(c) => Self::Checkpoint(c),
             Self::Child(c, _) => Self::Children(c),
-            Self::Backup(_) => Self::Backups,
+            Self::Backup(_) | Self::BackupDraft(_) => Self::Backups,
             Self::BackupXml(job)
             | Self::BackupCheckpointXml(job)
             | Self::BackupDomainXml(job)
             | Self::BackupStatus(job)
+            | Self::BackupControl(job)
             | Self::DirtyMap(job)
             | Self::RawDir(job)
             | Self::MapDir(job)
@@ -249,7 +274,7 @@ mod tests {
 
     fn node() -> impl Strategy<Value = Node> {
         let id = || 1u32..1 << ID_BITS;
-        (0usize..25, id(), id(), 0u16..1 << DISK_BITS).prop_map(|(which, c, job, disk)| {
+        (0usize..30, id(), id(), 0u16..1 << DISK_BITS).prop_map(|(which, c, job, disk)| {
             [
                 Node::Root,
                 Node::DomainXml,
@@ -276,6 +301,11 @@ mod tests {
                 Node::SinceDir(job),
                 Node::Since(job, c),
                 Node::SinceMap(job, c, disk),
+                Node::Events,
+                Node::CheckpointControl(c),
+                Node::CheckpointDraft(c),
+                Node::BackupDraft(c),
+                Node::BackupControl(job),
             ][which]
         })
     }

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use super::Vfs;
+use super::draft::Draft;
 use super::node::{FileKind, Ino, Node};
-use super::types::{Caching, DirEntry, Handle, Opened, Seek};
+use super::types::{Caching, Change, DirEntry, Handle, Opened, Seek};
 use crate::engine::Backup;
 use crate::model::{Error, Kind, Result};
 use crate::view;
@@ -16,9 +17,15 @@ use crate::view;
 /// What a directory held when reading it began.
 pub(super) type Listing = Mutex<Option<Arc<[DirEntry]>>>;
 
-enum File {
+pub(super) enum File {
     Disk(Arc<Backup>, usize),
     Text(Arc<str>),
+    /// A document that is being written.
+    Draft(Arc<Draft>),
+    /// A `control`, opened for writing.
+    Control(Node),
+    /// The one text that grows while it is open.
+    Events,
     Directory(Node, Arc<Listing>),
 }
 
@@ -30,13 +37,13 @@ pub(super) struct Files {
 }
 
 impl Files {
-    fn insert(&self, file: File) -> Handle {
+    pub(super) fn insert(&self, file: File) -> Handle {
         let handle = Handle(self.last.fetch_add(1, Ordering::Relaxed) + 1);
         self.open.write().insert(handle, Arc::new(file));
         handle
     }
 
-    fn get(&self, handle: Handle) -> Result<Arc<File>> {
+    pub(super) fn get(&self, handle: Handle) -> Result<Arc<File>> {
         let open = self.open.read();
         open.get(&handle)
             .cloned()
@@ -56,7 +63,7 @@ impl Files {
 }
 
 impl Vfs {
-    /// Opens a file for reading; its content is fixed from here on.
+    /// Opens a file for reading; its content is fixed from here on, but for `events`.
     pub fn open(&self, ino: Ino) -> Result<Opened> {
         let node = Self::node(ino)?;
         let opened = self.open_node(node);
@@ -72,6 +79,8 @@ impl Vfs {
                 let backup = self.backup(job)?;
                 (File::Disk(backup, disk.into()), Caching::Keep)
             }
+            Node::Events => (File::Events, Caching::Bypass),
+            Node::CheckpointDraft(_) | Node::BackupDraft(_) => return Err(self.refuse_draft(node)),
             _ => {
                 let text = self.text(node)?;
                 (File::Text(text), super::text::caching(node))
@@ -83,9 +92,28 @@ impl Vfs {
         })
     }
 
-    /// Forgets a file or directory that was opened.
+    /// Opens a file for writing: a `control`. Nothing else is written in place.
+    pub fn open_to_write(&self, ino: Ino) -> Result<Opened> {
+        let node = Self::node(ino)?;
+        let handle = match node {
+            Node::BackupControl(_) | Node::CheckpointControl(_) => self.controls(node),
+            Node::CheckpointDraft(_) | Node::BackupDraft(_) => Err(self.refuse_draft(node)),
+            _ => return Err(self.refuse(ino, None, Change::Content)),
+        }
+        .map(|_| self.files.insert(File::Control(node)));
+        let opened = handle.map(|handle| Opened {
+            handle,
+            caching: Caching::Bypass,
+        });
+        self.noted(|| format!("open {}", self.path(node)), opened)
+    }
+
+    /// Forgets a file or directory that was opened. A document that was not taken is dropped.
     pub fn release(&self, handle: Handle) {
-        self.files.open.write().remove(&handle);
+        let file = self.files.open.write().remove(&handle);
+        if let Some(File::Draft(draft)) = file.as_deref() {
+            self.end_draft(draft);
+        }
     }
 
     /// The whole content of an opened file, if that is a text. Never waits.
@@ -115,11 +143,32 @@ impl Vfs {
                 self.noted(|| "read".to_owned(), read)
             }
             File::Text(text) => {
-                let part = window(text, offset, buf.len());
+                let part = window(text.as_bytes(), offset, buf.len());
+                buf[..part.len()].copy_from_slice(part);
+                Ok(part.len())
+            }
+            File::Draft(draft) => Ok(draft.read(offset, buf)),
+            File::Events => Ok(self.events.read(offset, buf)),
+            File::Control(node) => {
+                let text = self.text(*node)?;
+                let part = window(text.as_bytes(), offset, buf.len());
                 buf[..part.len()].copy_from_slice(part);
                 Ok(part.len())
             }
             File::Directory(..) => Err(Error::new(Kind::IsADirectory, "is a directory")),
+        }
+    }
+
+    /// Writes all of `bytes`: to a document, or a command to a `control`, whatever the offset. Asks
+    /// the domain where [`asks`](Self::asks) says so.
+    pub fn write(&self, handle: Handle, offset: u64, bytes: &[u8]) -> Result<()> {
+        match &*self.files.get(handle)? {
+            File::Draft(draft) => self.write_draft(draft, offset, bytes),
+            File::Control(node) => self.control(*node, bytes),
+            _ => Err(Error::new(
+                Kind::ReadOnly,
+                "the file is not open for writing",
+            )),
         }
     }
 
@@ -140,14 +189,10 @@ impl Vfs {
                     Seek::Hole => Some(view::raw::seek_hole(&map, offset)),
                 }
             }
-            File::Text(text) => {
-                let end = text.len() as u64;
-                match to {
-                    _ if offset >= end => None,
-                    Seek::Data => Some(offset),
-                    Seek::Hole => Some(end),
-                }
-            }
+            File::Text(text) => all_data(text.len(), offset, to),
+            File::Draft(draft) => all_data(draft.extent().0, offset, to),
+            File::Events => all_data(self.events.extent().0, offset, to),
+            File::Control(node) => all_data(self.text(*node)?.len(), offset, to),
             File::Directory(..) => return Err(Error::new(Kind::Invalid, "is a directory")),
         };
         let found = found.ok_or_else(past_end)?;
@@ -155,11 +200,21 @@ impl Vfs {
     }
 }
 
+/// Where a file without holes has data, or its one hole, which is its end.
+fn all_data(size: usize, offset: u64, to: Seek) -> Option<u64> {
+    let end = size as u64;
+    match to {
+        _ if offset >= end => None,
+        Seek::Data => Some(offset),
+        Seek::Hole => Some(end),
+    }
+}
+
 /// The bytes of a text that a read of `length` bytes at `offset` gets.
-pub fn window(text: &str, offset: u64, length: usize) -> &[u8] {
+pub fn window(text: &[u8], offset: u64, length: usize) -> &[u8] {
     let rest = usize::try_from(offset)
         .ok()
-        .and_then(|offset| text.as_bytes().get(offset..))
+        .and_then(|offset| text.get(offset..))
         .unwrap_or_default();
     &rest[..rest.len().min(length)]
 }

@@ -1,11 +1,12 @@
-//! What the three kinds of `status` file say.
+//! What the kinds of `status` file say.
 
 use std::time::SystemTime;
 
 use super::Facts;
 use super::attr::instant;
-use crate::engine::{Backup, BackupDisk, CheckpointStatus, DiskStatus, Domain};
-use crate::model::Checkpoint;
+use crate::backend::Progress;
+use crate::engine::{Backup, BackupDisk, CheckpointStatus, DiskStatus, Domain, Push, PushDisk};
+use crate::model::{Checkpoint, JobState, Mode};
 use crate::view::yaml::Yaml;
 
 /// `status` of the mount.
@@ -31,7 +32,7 @@ pub(super) fn mount(domain: &Domain, facts: &Facts, mounted: SystemTime) -> Stri
         .string("source", &facts.source)
         .plain("mounted", instant(mounted).0)
         .plain("checkpoints", domain.checkpoints().len())
-        .plain("backups", domain.backups().len())
+        .plain("backups", domain.jobs().len())
         .nested("options", |y| {
             for (name, value) in &facts.options {
                 y.string(name, value);
@@ -76,23 +77,12 @@ fn checkpoint_disk(y: &mut Yaml, disk: &DiskStatus) {
     };
 }
 
-/// `status` of a backup.
-pub(super) fn backup(backup: &Backup) -> String {
-    let failure = backup.failure();
+/// `status` of a pull backup.
+pub(super) fn pull(backup: &Backup) -> String {
     let (begun, begun_unix) = instant(backup.begun());
     let mut y = Yaml::new();
-    y.string(
-        "state",
-        if failure.is_some() {
-            "failed"
-        } else {
-            "running"
-        },
-    );
-    if let Some(why) = failure {
-        y.string("why", &why.to_string());
-    }
-    y.string("mode", "pull")
+    state(&mut y, &backup.state());
+    y.string("mode", Mode::Pull.word())
         .plain("job", backup.id())
         .string_or_none("base", backup.base().map(|b| b.name.as_str()))
         .string_or_none("checkpoint", backup.checkpoint().map(|c| c.as_str()))
@@ -104,13 +94,13 @@ pub(super) fn backup(backup: &Backup) -> String {
         .truth("current", false)
         .nested("disks", |y| {
             for disk in backup.disks() {
-                y.nested(disk.target(), |y| backup_disk(y, backup, disk));
+                y.nested(disk.target(), |y| pull_disk(y, backup, disk));
             }
         });
     y.finish()
 }
 
-fn backup_disk(y: &mut Yaml, backup: &Backup, disk: &BackupDisk) {
+fn pull_disk(y: &mut Yaml, backup: &Backup, disk: &BackupDisk) {
     let covered = backup
         .checkpoint_record()
         .is_some_and(|c| c.disk(disk.target()).is_some());
@@ -124,5 +114,48 @@ fn backup_disk(y: &mut Yaml, backup: &Backup, disk: &BackupDisk) {
     y.string_or_none("trusted-since", oldest.map(|s| s.name.as_str()));
     if let Some(why) = disk.broken() {
         y.string("broken-before", why);
+    }
+}
+
+/// `status` of a push backup. Asks the domain.
+pub(super) fn push(push: &Push) -> String {
+    // In this order: what ends in between is not shown as running with all of it done.
+    let progress = push.progress();
+    let (begun, begun_unix) = instant(push.begun());
+    let mut y = Yaml::new();
+    state(&mut y, &push.state());
+    y.string("mode", Mode::Push.word())
+        .plain("job", push.id())
+        .string_or_none("base", push.base().map(|b| b.as_str()))
+        .string_or_none("checkpoint", push.checkpoint().map(|c| c.name.as_str()))
+        .plain("begun", begun)
+        .plain("begun-unix", begun_unix)
+        .plain("total", progress.iter().map(|p| p.total).sum::<u64>())
+        .plain("done", progress.iter().map(|p| p.done).sum::<u64>())
+        .nested("disks", |y| {
+            for (disk, progress) in push.disks().iter().zip(&progress) {
+                y.nested(&disk.disk, |y| push_disk(y, disk, progress));
+            }
+        });
+    y.finish()
+}
+
+fn push_disk(y: &mut Yaml, disk: &PushDisk, progress: &Progress) {
+    state(y, &progress.state);
+    y.plain("total", progress.total)
+        .plain("done", progress.done)
+        .string("target", disk.target.image.path())
+        .string("format", disk.target.format.word())
+        .string_or_none("base", disk.base.as_ref().map(|b| b.as_str()));
+    if let Some(why) = &disk.note {
+        y.string("no-checkpoint-because", why);
+    }
+}
+
+/// How a job or a part of it stands, and why if it failed.
+fn state(y: &mut Yaml, state: &JobState) {
+    y.string("state", state.word());
+    if let JobState::Failed(why) = state {
+        y.string("why", &why.to_string());
     }
 }

@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 
 use super::node::Node;
 use super::types::Caching;
-use super::{Vfs, status};
-use crate::engine::{Backup, BackupDisk};
-use crate::model::{Checkpoint, DomainInfo, Error, Kind, Result};
+use super::{Vfs, documents, status};
+use crate::engine::{Backup, Job};
+use crate::model::{Error, Kind, Result};
 use crate::{view, xml};
 
 /// Texts worth keeping: those of maps, which never change and may be long; and the last ones of
@@ -47,14 +47,15 @@ impl Texts {
 /// How the kernel may cache a text: the file of this number either never changes or may always.
 pub(super) fn caching(node: Node) -> Caching {
     match node {
-        Node::BackupStatus(_) => Caching::Bypass,
+        Node::BackupStatus(_) | Node::BackupControl(_) => Caching::Bypass,
         _ if node.job().is_some() => Caching::Keep,
         _ => Caching::Bypass,
     }
 }
 
 impl Vfs {
-    /// What a text says now. Maps, `domain.xml` and a checkpoint's `status` ask the domain.
+    /// What a text says now. Maps, `domain.xml` and the `status` of a checkpoint or a push backup ask
+    /// the domain.
     pub(super) fn text(&self, node: Node) -> Result<Arc<str>> {
         let text: String = match node {
             Node::Status => status::mount(&self.domain, &self.facts, self.mounted),
@@ -64,20 +65,27 @@ impl Vfs {
                 return Ok(self.keep(node, xml::domain(&self.domain.info(), &disks)));
             }
             Node::CheckpointXml(c) => {
-                checkpoint_xml(&self.checkpoint(c)?.checkpoint, &self.domain.info())
+                documents::checkpoint(&self.checkpoint(c)?.checkpoint, &self.domain.info())
             }
             Node::CheckpointStatus(c) => {
                 let entry = self.checkpoint(c)?;
                 let standing = self.domain.checkpoint_status(c)?;
                 return Ok(self.keep(node, status::checkpoint(&entry.checkpoint, &standing)));
             }
-            Node::BackupStatus(job) => status::backup(&*self.backup(job)?),
-            Node::BackupXml(job) => backup_xml(&*self.backup(job)?),
-            Node::BackupDomainXml(job) => {
-                xml::domain(&self.domain.info(), self.backup(job)?.domain_disks())
+            Node::BackupStatus(job) => match self.job(job)? {
+                Job::Pull(backup) => status::pull(&backup),
+                Job::Push(push) => return Ok(self.keep(node, status::push(&push))),
+            },
+            Node::CheckpointControl(_) | Node::BackupControl(_) => {
+                let words = self.controls(node)?.iter();
+                words.map(|word| format!("{word}\n")).collect()
             }
-            Node::BackupCheckpointXml(job) => match self.backup(job)?.checkpoint_record() {
-                Some(checkpoint) => checkpoint_xml(checkpoint, &self.domain.info()),
+            Node::BackupXml(job) => documents::backup(&self.job(job)?),
+            Node::BackupDomainXml(job) => {
+                xml::domain(&self.domain.info(), self.job(job)?.domain_disks())
+            }
+            Node::BackupCheckpointXml(job) => match self.job(job)?.checkpoint_record() {
+                Some(checkpoint) => documents::checkpoint(checkpoint, &self.domain.info()),
                 None => return Err(Error::new(Kind::NotFound, "there is no checkpoint")),
             },
             Node::Map(job, _) | Node::DirtyMap(job) | Node::SinceMap(job, ..) => {
@@ -96,7 +104,7 @@ impl Vfs {
         let text: Arc<str> = text.into();
         self.texts.keep(node, &text, || match node {
             Node::CheckpointStatus(c) => self.checkpoint(c).is_ok(),
-            _ => node.job().is_none_or(|job| self.backup(job).is_ok()),
+            _ => node.job().is_none_or(|job| self.job(job).is_ok()),
         });
         text
     }
@@ -110,30 +118,4 @@ fn map(backup: &Backup, node: Node) -> Result<String> {
         }
         _ => view::map::change_text(&*backup.changes_since_base(0)?),
     })
-}
-
-fn checkpoint_xml(checkpoint: &Checkpoint, domain: &DomainInfo) -> String {
-    xml::CheckpointDocument::describe(checkpoint, Some(domain)).write()
-}
-
-/// `<server>` is left out: the disks are read as files of the mount, and the socket behind them is
-/// nobody else's.
-fn backup_xml(backup: &Backup) -> String {
-    let base = backup.base();
-    let disk = |disk: &BackupDisk| {
-        let known = base.is_some_and(|b| disk.knows_since(b.id));
-        xml::BackupDocumentDisk {
-            export_name: Some(disk.target().to_owned()),
-            // Said only where it is not what the document's <incremental> implies.
-            backup_mode: (base.is_some() && !known).then_some(xml::BackupMode::Full),
-            ..xml::BackupDocumentDisk::new(disk.target())
-        }
-    };
-    xml::BackupDocument {
-        mode: crate::model::Mode::Pull,
-        incremental: base.map(|b| b.name.clone().into()),
-        disks: backup.disks().iter().map(disk).collect(),
-        ..xml::BackupDocument::default()
-    }
-    .write()
 }

@@ -9,7 +9,7 @@ use super::node::{FileKind, Ino, Node};
 use super::types::{DirEntry, FOREVER, Found, Handle, SHORTLY};
 use super::{Vfs, disk_index};
 use crate::engine::Backup;
-use crate::model::{Error, Kind, Result};
+use crate::model::{Error, Kind, Mode, Result};
 
 impl Vfs {
     /// The file called `name` in a directory.
@@ -78,14 +78,28 @@ impl Vfs {
         };
         let text = name.to_str().ok_or_else(none)?;
         let found = match parent {
-            Node::Checkpoints => self.domain.checkpoint(text).map(|c| Node::Checkpoint(c.id)),
-            Node::Backups => self.domain.backup(text).map(|b| Node::Backup(b.id())),
+            // Not by listing all: there may be hundreds.
+            Node::Checkpoints => {
+                let found = self.domain.checkpoint(text);
+                let found = found.map(|c| Node::Checkpoint(c.id));
+                found.or_else(|| self.shown_draft(parent, text))
+            }
+            Node::Backups => {
+                let found = self.domain.job(text);
+                let found = found.map(|job| Node::Backup(job.id()));
+                found.or_else(|| self.shown_draft(parent, text))
+            }
             _ => {
                 let mut all = self.children(parent)?.into_iter();
                 all.find(|c| c.0.as_bytes() == name.as_bytes()).map(|c| c.1)
             }
         };
         found.ok_or_else(none)
+    }
+
+    fn shown_draft(&self, dir: Node, name: &str) -> Option<Node> {
+        let mut all = self.drafts.shown_in(dir).into_iter();
+        all.find(|d| d.file_name() == name).map(|d| d.node())
     }
 
     /// Every name in a directory.
@@ -97,6 +111,7 @@ impl Vfs {
                 add("domain.xml", Node::DomainXml);
                 add("status", Node::Status);
                 add("last-error", Node::LastError);
+                add("events", Node::Events);
                 add("checkpoints", Node::Checkpoints);
                 add("backups", Node::Backups);
             }
@@ -104,10 +119,14 @@ impl Vfs {
                 for c in self.domain.checkpoints() {
                     add(c.checkpoint.name.as_str(), Node::Checkpoint(c.id));
                 }
+                for draft in self.drafts.shown_in(node) {
+                    add(&draft.file_name(), draft.node());
+                }
             }
             Node::Checkpoint(c) => {
                 add("checkpoint.xml", Node::CheckpointXml(c));
                 add("status", Node::CheckpointStatus(c));
+                add("control", Node::CheckpointControl(c));
                 if self.checkpoint(c)?.checkpoint.parent.is_some() {
                     add("parent", Node::Parent(c));
                 }
@@ -122,23 +141,29 @@ impl Vfs {
                 }
             }
             Node::Backups => {
-                for b in self.domain.backups() {
-                    add(b.name().as_str(), Node::Backup(b.id()));
+                for job in self.domain.jobs() {
+                    add(job.name().as_str(), Node::Backup(job.id()));
+                }
+                for draft in self.drafts.shown_in(node) {
+                    add(&draft.file_name(), draft.node());
                 }
             }
             Node::Backup(job) => {
-                let backup = self.backup(job)?;
+                let backup = self.job(job)?;
                 add("backup.xml", Node::BackupXml(job));
-                if backup.checkpoint().is_some() {
+                if backup.checkpoint_record().is_some() {
                     add("checkpoint.xml", Node::BackupCheckpointXml(job));
                 }
                 add("domain.xml", Node::BackupDomainXml(job));
                 add("status", Node::BackupStatus(job));
-                add("disk.raw", Node::Raw(job, 0));
-                add("dirty.map", Node::DirtyMap(job));
-                add("raw", Node::RawDir(job));
-                add("map", Node::MapDir(job));
-                add("since", Node::SinceDir(job));
+                add("control", Node::BackupControl(job));
+                if backup.mode() == Mode::Pull {
+                    add("disk.raw", Node::Raw(job, 0));
+                    add("dirty.map", Node::DirtyMap(job));
+                    add("raw", Node::RawDir(job));
+                    add("map", Node::MapDir(job));
+                    add("since", Node::SinceDir(job));
+                }
             }
             Node::RawDir(job) => disks(&*self.backup(job)?, |_, target, i| {
                 add(&format!("{target}.raw"), Node::Raw(job, i));
@@ -165,6 +190,9 @@ impl Vfs {
     pub(super) fn name_ttl(node: Node) -> Duration {
         match (node, node.job()) {
             (Node::Backup(_), _) => SHORTLY,
+            // Not every change of these comes as an operation on the name itself.
+            (Node::Checkpoint(_) | Node::Child(..), _) => Duration::ZERO,
+            (Node::CheckpointDraft(_) | Node::BackupDraft(_), _) => Duration::ZERO,
             // All of a backup's names last as long as its directory.
             (_, Some(_)) => FOREVER,
             _ if node.parent() == Node::Root => FOREVER,
@@ -200,7 +228,11 @@ impl Vfs {
         match node {
             // Not by listing all: there may be hundreds.
             Node::Checkpoint(c) => Some(self.checkpoint(c).ok()?.checkpoint.name.to_string()),
-            Node::Backup(job) => Some(self.backup(job).ok()?.name().to_string()),
+            Node::Backup(job) => Some(self.job(job).ok()?.name().to_string()),
+            // Also where the directory does not show it any more.
+            Node::CheckpointDraft(_) | Node::BackupDraft(_) => {
+                Some(self.drafts.get(node).ok()?.file_name())
+            }
             _ => {
                 let mut all = self.children(node.parent()).ok()?.into_iter();
                 all.find(|c| c.1 == node).map(|c| c.0)

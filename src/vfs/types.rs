@@ -58,6 +58,15 @@ pub struct Opened {
     pub caching: Caching,
 }
 
+/// A file that was created and opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Created {
+    /// What is known of it.
+    pub found: Found,
+    /// The opened file.
+    pub opened: Opened,
+}
+
 /// How the content of an opened file may be cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Caching {
@@ -94,7 +103,7 @@ pub enum Change {
     Attributes,
     /// open for writing
     Content,
-    /// create, mknod
+    /// mknod
     Create,
     /// symlink
     Symlink,
@@ -102,8 +111,8 @@ pub enum Change {
     Link,
     /// unlink
     Unlink,
-    /// rename
-    Rename,
+    /// rename that exchanges two names, or leaves something in place of one
+    Exchange,
     /// setxattr, removexattr
     ExtendedAttributes,
 }
@@ -117,4 +126,8 @@ pub enum Ask {
     Open,
     /// [`lseek`](super::Vfs::lseek)
     Seek,
+    /// [`write`](super::Vfs::write)
+    Write,
+    /// [`flush`](super::Vfs::flush)
+    Flush,
 }
