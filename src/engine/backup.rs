@@ -25,6 +25,8 @@ pub struct Since {
     pub id: u32,
     /// Its name when the backup began.
     pub name: Name,
+    /// Its time, which is no other one's.
+    pub created: SystemTime,
 }
 
 /// The domain's disks at one instant.
@@ -237,6 +239,14 @@ impl Backup {
     /// What each part of a disk is, if the domain has been asked already. Never waits.
     pub fn known_allocation(&self, disk: usize) -> Option<Arc<Extents<Allocation>>> {
         self.disks.get(disk)?.allocation.known()
+    }
+
+    /// What became of each part of a disk since a checkpoint, if the domain has been asked already.
+    /// Never waits.
+    pub fn known_changes(&self, disk: usize, checkpoint: u32) -> Option<Arc<Extents<Change>>> {
+        let own = self.disks.get(disk)?;
+        let cell = own.changes.lock().get(&checkpoint).cloned();
+        cell?.known()
     }
 
     /// What became of each part of a disk since a checkpoint; asked of the domain once.

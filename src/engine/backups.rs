@@ -489,6 +489,7 @@ fn since(entry: &CheckpointEntry) -> Since {
     Since {
         id: entry.id,
         name: entry.checkpoint.name.clone(),
+        created: entry.checkpoint.created,
     }
 }
 

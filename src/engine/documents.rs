@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::backup::{Backup, BackupDisk};
 use super::checkpoints::no_checkpoint;
 use super::domain::{CheckpointEntry, Domain};
-use super::job::{Job, Push};
+use super::job::{Job, Push, PushDisk};
 use super::request::{
     BackupRequest, Base, BitmapRequest, CheckpointRequest, CopyRequest, OwnCheckpoint, PullDisk,
     Redefinition, Work,
@@ -424,15 +424,20 @@ fn pull_document(backup: &Backup) -> BackupDocument {
 
 fn push_document(push: &Push) -> BackupDocument {
     let base = push.base();
-    let disk = |disk: &super::job::PushDisk| BackupDocumentDisk {
-        backup_mode: match (base, &disk.base) {
-            (None, Some(_)) => Some(BackupMode::Incremental),
-            _ => None,
-        },
-        incremental: disk.base.clone().filter(|_| base.is_none()),
-        image: Some(disk.target.image.clone()),
-        format: Some(disk.target.format),
-        ..BackupDocumentDisk::new(&disk.disk)
+    let disk = |disk: &PushDisk| {
+        // What differs from the document's <incremental> is said of the disk.
+        let (backup_mode, incremental) = match &disk.base {
+            own if own.as_ref() == base => (None, None),
+            Some(own) => (Some(BackupMode::Incremental), Some(own.clone())),
+            None => (Some(BackupMode::Full), None),
+        };
+        BackupDocumentDisk {
+            backup_mode,
+            incremental,
+            image: Some(disk.target.image.clone()),
+            format: Some(disk.target.format),
+            ..BackupDocumentDisk::new(&disk.disk)
+        }
     };
     BackupDocument {
         mode: Mode::Push,
