@@ -7,83 +7,13 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
+use common::domain::{content, fixture, name, open, places, since};
 use common::tools::{self, need};
 use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
-use fleecefs::backend::{Places, Source};
-use fleecefs::engine::{Backup, Domain, Options, Store};
-use fleecefs::model::{Change, Kind, Name};
+use fleecefs::model::{Change, Kind};
 
 const MIB: u64 = 1 << 20;
 const GRANULE: u64 = 65536;
-
-fn name(text: &str) -> Name {
-    Name::new(text).unwrap()
-}
-
-fn places(dir: &Path) -> Places {
-    Places {
-        timeout: Duration::from_secs(20),
-        runtime: dir.join("run"),
-        scratch: dir.join("scratch"),
-        scratch_limit: None,
-        format: None,
-        domain: None,
-    }
-}
-
-fn open(socket: &Path, places: &Places, dir: &Path) -> Domain {
-    let source = Source::Qmp(socket.to_owned());
-    let backend = source.open(places).unwrap();
-    let store = Store::open(&dir.join("state")).unwrap();
-    Domain::open(backend, store, Options::default()).unwrap()
-}
-
-fn content(backup: &Backup, disk: usize) -> Vec<u8> {
-    let size = backup.disks()[disk].size() as usize;
-    let mut bytes = vec![0xee; size];
-    // Odd pieces, so that reads do not begin or end with the granules.
-    let mut at = 0;
-    while at < size {
-        let end = (at + 777_777).min(size);
-        let read = backup
-            .read_at(disk, at as u64, &mut bytes[at..end])
-            .unwrap();
-        assert_eq!(read, end - at);
-        at = end;
-    }
-    bytes
-}
-
-/// Dirty extents since a checkpoint, as (offset, length), zeros or not.
-fn since(backup: &Backup, disk: usize, checkpoint: &str) -> Vec<(u64, u64)> {
-    let since = backup
-        .since()
-        .iter()
-        .find(|s| s.name.as_str() == checkpoint);
-    let map = backup.changes(disk, since.unwrap().id).unwrap();
-    let dirty = map.map(|change| change != Change::Clean);
-    let extents = dirty.iter().filter(|e| e.kind);
-    extents.map(|e| (e.offset, e.length)).collect()
-}
-
-struct Fixture {
-    dir: tempfile::TempDir,
-    qemu: Qemu,
-    domain: Domain,
-}
-
-fn fixture(sizes: &[u64]) -> Fixture {
-    let dir = tools::temp_dir();
-    let mut build = Qemu::build().paused();
-    for (target, size) in ["vda", "vdb", "vdc", "vdd"].iter().zip(sizes) {
-        let path = dir.path().join(format!("{target}.qcow2"));
-        image::create(&path, "qcow2", *size, "");
-        build = build.disk(target, &path, "qcow2");
-    }
-    let qemu = build.start();
-    let domain = open(&qemu.socket(), &places(dir.path()), dir.path());
-    Fixture { dir, qemu, domain }
-}
 
 #[test]
 fn two_instants_read_right_in_any_order_of_ending() {

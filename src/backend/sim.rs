@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Backend, Frozen, FrozenDisk, Listener, Pushing};
+use super::{Backend, Frozen, FrozenDisk, Listener, Notice, Progress, Pushing};
 use crate::model::{
-    Allocation, BackupPlan, Bitmap, CheckpointRemoval, Disk, DomainInfo, Error, Extents, Kind,
-    NewCheckpoint, PushPlan, RenameBitmap, Result,
+    Allocation, BackupPlan, Bitmap, CheckpointRemoval, Control, Disk, DomainInfo, Error, Extents,
+    JobId, JobState, Kind, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
 };
 
 /// Bytes that a bit of a simulated bitmap, and an extent of a simulated map, stands for.
@@ -40,6 +40,8 @@ struct Inner {
     /// The next call of this name fails with this kind, before (`false`) or after it took effect.
     fail: Option<(String, Kind, bool)>,
     running: usize,
+    /// The push backups that were not finished yet.
+    pushes: Vec<(JobId, Arc<Mutex<JobState>>)>,
     /// Set once the domain stopped answering.
     hung: bool,
     /// The next call of this name is the last that takes effect; its answer is lost.
@@ -53,6 +55,7 @@ struct Inner {
 #[derive(Default)]
 struct Shared {
     inner: Mutex<Inner>,
+    listener: Mutex<Option<Listener>>,
     /// Rung when `held` is cleared and when a backup ends.
     bell: Condvar,
 }
@@ -149,6 +152,29 @@ impl Sim {
             inner.held.as_deref() == Some(method) && !ended.load(Ordering::Acquire)
         });
         inner.waiting -= 1;
+    }
+
+    /// The running push backups come to their end by themselves: written, or failed for this reason.
+    pub fn finish_pushes(&self, failure: Option<&Error>) {
+        let pushes = std::mem::take(&mut self.0.inner.lock().pushes);
+        for (id, state) in pushes {
+            let outcome = match failure {
+                None => Ok(Outcome::Completed),
+                Some(error) => Err(error.clone()),
+            };
+            *state.lock() = match &outcome {
+                Ok(outcome) => JobState::Ended(*outcome),
+                Err(error) => JobState::Failed(error.clone()),
+            };
+            self.notice(Notice::Over(id, outcome));
+        }
+    }
+
+    /// Tells whoever listens.
+    pub fn notice(&self, notice: Notice) {
+        if let Some(listener) = &*self.0.listener.lock() {
+            listener(notice);
+        }
     }
 
     /// The domain answers again.
@@ -331,18 +357,100 @@ impl Backend for Sim {
         }))
     }
 
-    fn rename_checkpoint(&self, _renames: &[RenameBitmap]) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "not yet"))
+    fn rename_checkpoint(&self, renames: &[RenameBitmap]) -> Result<()> {
+        let mut inner = self.0.inner.lock();
+        let fail = inner.enter("rename_checkpoint")?;
+        for rename in renames {
+            let disk = inner.disks.get_mut(&rename.target);
+            let bitmap = disk.and_then(|d| Some((d.bitmaps.remove(&rename.from)?, d)));
+            if let Some((bitmap, disk)) = bitmap {
+                disk.bitmaps.insert(rename.to.clone(), bitmap);
+            }
+        }
+        finish(fail, ())
     }
 
-    fn push(&self, _plan: &PushPlan) -> Result<Box<dyn Pushing>> {
-        Err(Error::new(Kind::Unsupported, "not yet"))
+    fn push(&self, plan: &PushPlan) -> Result<Box<dyn Pushing>> {
+        let mut inner = self.0.inner.lock();
+        let fail = inner.enter("push")?;
+        let sizes = plan.disks.iter().map(|d| inner.disks.get(&d.disk));
+        let sizes = sizes.map(|d| d.map(|d| d.data.len() as u64));
+        let sizes: Option<Vec<u64>> = sizes.collect();
+        let sizes = sizes.ok_or_else(|| Error::new(Kind::NotFound, "no such disk"))?;
+        if let Some(error) = fail {
+            return Err(error);
+        }
+        if let Some(new) = &plan.checkpoint {
+            inner.create(new)?;
+        }
+        let state = Arc::new(Mutex::new(JobState::Running));
+        inner.pushes.push((plan.id, Arc::clone(&state)));
+        inner.running += 1;
+        Ok(Box::new(SimPush {
+            sim: self.clone(),
+            state,
+            sizes,
+            gone: AtomicBool::new(false),
+        }))
     }
 
-    fn listen(&self, _listener: Listener) {}
+    fn listen(&self, listener: Listener) {
+        *self.0.listener.lock() = Some(listener);
+    }
 
     fn close(&self) -> Result<()> {
         self.0.inner.lock().enter("close").map(drop)
+    }
+}
+
+struct SimPush {
+    sim: Sim,
+    state: Arc<Mutex<JobState>>,
+    sizes: Vec<u64>,
+    gone: AtomicBool,
+}
+
+impl Pushing for SimPush {
+    fn progress(&self) -> Vec<Progress> {
+        let state = self.state.lock().clone();
+        let done = |size: &u64| match state {
+            JobState::Ended(Outcome::Completed) => *size,
+            _ => 0,
+        };
+        let progress = |size: &u64| Progress {
+            state: state.clone(),
+            done: done(size),
+            total: *size,
+        };
+        self.sizes.iter().map(progress).collect()
+    }
+
+    fn state(&self) -> JobState {
+        self.state.lock().clone()
+    }
+
+    fn control(&self, command: Control) -> Result<()> {
+        self.sim.0.inner.lock().enter("control")?;
+        match command {
+            Control::Abort => return self.end(),
+            Control::Pause => *self.state.lock() = JobState::Paused,
+            Control::Resume => *self.state.lock() = JobState::Running,
+            Control::Speed(_) => {}
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Result<()> {
+        let mut inner = self.sim.0.inner.lock();
+        let fail = inner.enter("end")?;
+        if !self.gone.swap(true, Ordering::AcqRel) {
+            inner.running -= 1;
+        }
+        let mut state = self.state.lock();
+        if matches!(*state, JobState::Running | JobState::Paused) {
+            *state = JobState::Ended(Outcome::Aborted);
+        }
+        finish(fail, ())
     }
 }
 

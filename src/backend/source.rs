@@ -32,6 +32,8 @@ pub struct Places {
     pub format: Option<String>,
     /// Name of the domain, where the source has none; it also names the state directory.
     pub domain: Option<String>,
+    /// Keys of NBD clients from outside, for addresses that have TLS.
+    pub tls_psk: Option<PathBuf>,
 }
 
 impl Source {

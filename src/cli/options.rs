@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::model::{Error, Kind, Result, SIZES, parse_size};
+use crate::model::{Error, Kind, Result, SIZES, parse_size, show_size};
 
 struct Spec {
     name: &'static str,
@@ -13,7 +13,7 @@ struct Spec {
     help: &'static str,
 }
 
-const TABLE: [Spec; 10] = [
+const TABLE: [Spec; 14] = [
     Spec {
         name: "state",
         value: "DIR",
@@ -47,6 +47,23 @@ const TABLE: [Spec; 10] = [
         help: "whether a backup also makes a checkpoint of its name (yes)",
     },
     Spec {
+        name: "granularity",
+        value: "SIZE",
+        help: "bytes that a bit of a new dirty bitmap stands for, a power of two from 512 to 2G \
+               (QEMU's choice: 64K, or the image's cluster size if that is larger)",
+    },
+    Spec {
+        name: "slice-size",
+        value: "SIZE",
+        help: "size of the slices in current/ and slices/, a power of two, 64K at least (8M)",
+    },
+    Spec {
+        name: "backing",
+        value: "PATTERN",
+        help: "name of the image that a since/C/D.qcow2 is on top of, where {checkpoint} and {disk} \
+               stand for C and D ({checkpoint}.qcow2); one that ends in .raw or .img is raw",
+    },
+    Spec {
         name: "format",
         value: "FORMAT",
         help: "image format, such as raw or qcow2 (told from the image)",
@@ -55,6 +72,12 @@ const TABLE: [Spec; 10] = [
         name: "domain",
         value: "NAME",
         help: "name of the domain, where the source has none; it finds its checkpoints again",
+    },
+    Spec {
+        name: "tls-psk",
+        value: "FILE",
+        help: "keys of the NBD clients of a backup whose <server> has tls='yes', in lines of \
+               user:hexkey as psktool makes them (none: such a backup is refused)",
     },
     Spec {
         name: "allow_other",
@@ -83,8 +106,12 @@ pub(super) struct Options {
     pub(super) scratch_limit: Option<u64>,
     pub(super) timeout: Duration,
     pub(super) checkpoint: bool,
+    pub(super) granularity: Option<u64>,
+    pub(super) slice_size: u64,
+    pub(super) backing: String,
     pub(super) format: Option<String>,
     pub(super) domain: Option<String>,
+    pub(super) tls_psk: Option<PathBuf>,
     pub(super) allow_other: bool,
     pub(super) log: Option<PathBuf>,
 }
@@ -99,8 +126,12 @@ impl Options {
             scratch_limit: None,
             timeout: Duration::from_secs(30),
             checkpoint: true,
+            granularity: None,
+            slice_size: 8 << 20,
+            backing: "{checkpoint}.qcow2".to_owned(),
             format: None,
             domain: None,
+            tls_psk: None,
             allow_other: false,
             log: None,
         };
@@ -138,8 +169,16 @@ impl Options {
                 "scratch-limit" => options.scratch_limit = Some(size(name, value)?),
                 "timeout" => options.timeout = seconds(value)?,
                 "checkpoint" => options.checkpoint = truth(name, value)?,
+                "granularity" => {
+                    options.granularity = Some(power_of_two(name, value, 512, 1 << 31)?);
+                }
+                "slice-size" => {
+                    options.slice_size = power_of_two(name, value, 1 << 16, 1 << 40)?;
+                }
+                "backing" => options.backing = value.to_owned(),
                 "format" => options.format = Some(value.to_owned()),
                 "domain" => options.domain = Some(value.to_owned()),
+                "tls-psk" => options.tls_psk = Some(absolute(value)?),
                 "allow_other" => options.allow_other = true,
                 _ => options.log = Some(absolute(value)?),
             }
@@ -160,14 +199,18 @@ impl Options {
                 "checkpoint",
                 if self.checkpoint { "yes" } else { "no" }.to_owned(),
             ),
+            ("slice-size", self.slice_size.to_string()),
+            ("backing", self.backing.clone()),
             (
                 "allow_other",
                 if self.allow_other { "yes" } else { "no" }.to_owned(),
             ),
         ];
         all.extend(self.scratch_limit.map(|n| ("scratch-limit", n.to_string())));
+        all.extend(self.granularity.map(|n| ("granularity", n.to_string())));
         all.extend(self.format.clone().map(|f| ("format", f)));
         all.extend(self.domain.clone().map(|d| ("domain", d)));
+        all.extend(self.tls_psk.as_deref().map(|p| ("tls-psk", path(p))));
         all.extend(self.log.as_deref().map(|l| ("log", path(l))));
         let owned = all
             .into_iter()
@@ -261,6 +304,18 @@ fn seconds(value: &str) -> Result<Duration> {
 }
 
 /// A size that is not 0.
+fn power_of_two(name: &str, value: &str, least: u64, most: u64) -> Result<u64> {
+    let bytes = size(name, value)?;
+    match bytes.is_power_of_two() && (least..=most).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err(invalid(format!(
+            "{name}={value} must be a power of two from {} to {}",
+            show_size(least),
+            show_size(most)
+        ))),
+    }
+}
+
 fn size(name: &str, value: &str) -> Result<u64> {
     parse_size(value)
         .filter(|&bytes| bytes != 0)
@@ -288,13 +343,17 @@ mod tests {
         let options = parse(&[
             "rw,scratch-limit=10G,noauto,x-systemd.after=a",
             "state=/s,checkpoint=no,_netdev",
-            "allow_other,log=/l,format=raw,domain=vm,timeout=5",
+            "allow_other,log=/l,format=raw,domain=vm,timeout=5,tls-psk=/k",
+            "granularity=64K,slice-size=1M,backing={disk}/{checkpoint}.raw",
         ])
         .unwrap();
         assert_eq!(options.scratch, Path::new("/s/scratch"));
         assert_eq!(options.scratch_limit, Some(10 << 30));
         assert!(!options.checkpoint && options.allow_other);
-        assert_eq!(options.in_force().len(), 10);
+        assert_eq!(options.tls_psk.as_deref(), Some(Path::new("/k")));
+        assert_eq!(options.granularity, Some(65536));
+        assert_eq!(options.slice_size, 1 << 20);
+        assert_eq!(options.in_force().len(), 14);
     }
 
     #[test]
@@ -315,6 +374,9 @@ mod tests {
             ("allow_other=yes", "option allow_other takes no value"),
             ("scratch-limit=10X", "scratch-limit=10X is no size"),
             ("scratch-limit=G", "scratch-limit=G is no size"),
+            ("granularity=3K", "granularity=3K must be a power of two"),
+            ("granularity=256", "granularity=256 must be a power of two"),
+            ("slice-size=32K", "slice-size=32K must be a power of two"),
             ("scratch-limit=0", "scratch-limit=0 is no size"),
             (
                 "scratch-limit=99999999P",

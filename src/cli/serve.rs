@@ -152,6 +152,8 @@ fn serve(
     let engine_options = engine::Options {
         checkpoint: options.checkpoint,
         timeout: options.timeout,
+        granularity: options.granularity,
+        slice_size: options.slice_size,
     };
     let domain = Arc::new(Domain::open(Arc::clone(backend), store, engine_options)?);
     let source = words.join(" ");
@@ -160,6 +162,7 @@ fn serve(
         options: options.in_force(),
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
+        backing: options.backing.clone(),
         allow_other: options.allow_other,
     };
     let vfs = Arc::new(Vfs::new(domain, facts));
@@ -197,6 +200,7 @@ fn open(words: &[String], options: &Options) -> Result<Arc<dyn Backend>> {
         scratch_limit: options.scratch_limit,
         format: options.format.clone(),
         domain: options.domain.clone(),
+        tls_psk: options.tls_psk.clone(),
     })
 }
 

@@ -3,16 +3,20 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
 use super::once::Once;
+use super::stamps::Tables;
 use crate::backend::Frozen;
 use crate::model::{
-    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Result,
+    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Outcome,
+    PublicExport, Result, ServerAddress,
 };
 use crate::view;
+use crate::view::slices::Stamps;
 
 /// A checkpoint that a backup can list the changes since.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +25,8 @@ pub struct Since {
     pub id: u32,
     /// Its name when the backup began.
     pub name: Name,
+    /// Its time, which is no other one's.
+    pub created: SystemTime,
 }
 
 /// The domain's disks at one instant.
@@ -35,7 +41,27 @@ pub struct Backup {
     pub(super) domain_disks: Vec<Disk>,
     pub(super) since: Vec<Since>,
     pub(super) disks: Vec<BackupDisk>,
+    /// Where other NBD clients can read the disks, if anywhere.
+    pub(super) server: Option<ServerAddress>,
+    pub(super) tables: Arc<Tables>,
+    /// It holds `current/`, until it ends.
+    pub(super) current: bool,
+    /// Its place among the backups that run at the same time.
+    pub(super) slot: Option<u8>,
     pub(super) frozen: Box<dyn Frozen>,
+    /// It was broken off by its owner.
+    pub(super) aborted: AtomicBool,
+}
+
+/// A checkpoint that can be trusted on a disk.
+#[derive(Debug, Clone)]
+pub(super) struct Link {
+    /// The checkpoint's number.
+    pub(super) id: u32,
+    /// Its time, which is no other one's.
+    pub(super) created: SystemTime,
+    /// Its bitmap.
+    pub(super) bitmap: String,
 }
 
 /// One disk of a backup.
@@ -45,11 +71,16 @@ pub struct BackupDisk {
     pub(super) format: String,
     /// Why the disk is not part of the backup's checkpoint, if it is not.
     pub(super) note: Option<String>,
-    /// Why the base, and what came before it, cannot be trusted on this disk.
+    /// The checkpoint that `dirty.map` lists the changes since.
+    pub(super) base: Option<Since>,
+    /// How other NBD clients find it, where there is a server for them.
+    pub(super) export: Option<PublicExport>,
+    /// Why older checkpoints cannot be trusted on this disk.
     pub(super) broken: Option<String>,
     /// The trusted checkpoints, oldest first, with their bitmaps; the last one recorded up to the
     /// instant, and its content is in the frozen copy.
-    pub(super) links: Vec<(u32, String)>,
+    pub(super) links: Vec<Link>,
+    pub(super) stamps: Once<Stamps>,
     pub(super) allocation: Once<Extents<Allocation>>,
     pub(super) changes: Mutex<HashMap<u32, Arc<Once<Extents<Change>>>>>,
 }
@@ -80,9 +111,19 @@ impl BackupDisk {
         self.broken.as_deref()
     }
 
+    /// The checkpoint that `dirty.map` lists the changes since.
+    pub fn base(&self) -> Option<&Since> {
+        self.base.as_ref()
+    }
+
+    /// How other NBD clients find it, where there is a server for them.
+    pub fn export(&self) -> Option<&PublicExport> {
+        self.export.as_ref()
+    }
+
     /// Whether the changes since the checkpoint of this number are known on this disk.
     pub fn knows_since(&self, checkpoint: u32) -> bool {
-        self.links.iter().any(|&(id, _)| id == checkpoint)
+        self.links.iter().any(|l| l.id == checkpoint)
     }
 }
 
@@ -102,7 +143,8 @@ impl Backup {
         self.begun
     }
 
-    /// The newest checkpoint before the backup's own.
+    /// The checkpoint that changes are listed since, if it is the same on every disk: as a rule the
+    /// newest before the backup's own.
     pub fn base(&self) -> Option<&Since> {
         self.base.as_ref()
     }
@@ -132,12 +174,37 @@ impl Backup {
         &self.disks
     }
 
+    /// Where other NBD clients can read the disks, if anywhere.
+    pub fn server(&self) -> Option<&ServerAddress> {
+        self.server.as_ref()
+    }
+
+    /// Whether it holds `current/`: it began while nobody did, and keeps it until it ends.
+    pub fn holds_current(&self) -> bool {
+        self.current
+    }
+
+    /// Its place among the backups that run at the same time, from 1: the lowest that was free. So a
+    /// backup that runs alone, night after night, has the same one each time. None if all are taken.
+    pub fn slot(&self) -> Option<u8> {
+        self.slot
+    }
+
     /// How it stands. Asks nobody.
     pub fn state(&self) -> JobState {
         match self.failure() {
+            _ if self.aborted.load(Ordering::Acquire) => JobState::Ended(Outcome::Aborted),
             Some(why) => JobState::Failed(why),
             None => JobState::Running,
         }
+    }
+
+    /// Whether lists of changes still have to be made from this bitmap of a disk.
+    pub(super) fn reads_bitmap(&self, target: &str, bitmap: &str) -> bool {
+        let disk = self.disks.iter().find(|d| d.target == target);
+        // The newest link is read from the frozen copy, not from the bitmap.
+        disk.and_then(|d| d.links.split_last())
+            .is_some_and(|(_, older)| older.iter().any(|l| l.bitmap == bitmap))
     }
 
     /// Why the backup ended by itself, if it did.
@@ -174,10 +241,18 @@ impl Backup {
         self.disks.get(disk)?.allocation.known()
     }
 
+    /// What became of each part of a disk since a checkpoint, if the domain has been asked already.
+    /// Never waits.
+    pub fn known_changes(&self, disk: usize, checkpoint: u32) -> Option<Arc<Extents<Change>>> {
+        let own = self.disks.get(disk)?;
+        let cell = own.changes.lock().get(&checkpoint).cloned();
+        cell?.known()
+    }
+
     /// What became of each part of a disk since a checkpoint; asked of the domain once.
     pub fn changes(&self, disk: usize, checkpoint: u32) -> Result<Arc<Extents<Change>>> {
         let (own, frozen) = self.disk(disk)?;
-        let Some(place) = own.links.iter().position(|&(id, _)| id == checkpoint) else {
+        let Some(place) = own.links.iter().position(|l| l.id == checkpoint) else {
             return Err(self.no_history(own));
         };
         let cell = Arc::clone(
@@ -189,18 +264,18 @@ impl Backup {
         cell.get(|| {
             // The newest link is left to the frozen copy: the bitmap itself may go on recording.
             let older = &own.links[place..own.links.len() - 1];
-            let bitmaps: Vec<String> = older.iter().map(|l| l.1.clone()).collect();
+            let bitmaps: Vec<String> = older.iter().map(|l| l.bitmap.clone()).collect();
             let dirty = frozen.changed(&bitmaps).map_err(|e| self.during(own, e))?;
             let dirty = self.whole(own, dirty)?;
             Ok(view::changes(&dirty, &*self.allocation(disk)?))
         })
     }
 
-    /// What became of each part of a disk since the backup's base. Without a base everything
+    /// What became of each part of a disk since its base. Without a base everything
     /// counts as changed; where the base cannot be trusted on this disk, ESTALE.
     pub fn changes_since_base(&self, disk: usize) -> Result<Arc<Extents<Change>>> {
         let (own, _) = self.disk(disk)?;
-        match &self.base {
+        match &own.base {
             Some(base) if own.knows_since(base.id) => self.changes(disk, base.id),
             Some(_) if own.broken.is_some() => Err(self.no_history(own)),
             _ => {

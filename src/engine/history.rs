@@ -28,11 +28,15 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// The chain of `disk` over `checkpoints`, which are ordered oldest first.
+    /// The chain of `disk` over `checkpoints`, which are ordered oldest first: from the newest one to
+    /// its parent, and so on. What changed since a checkpoint that is not on this way is not known.
     pub(super) fn of(disk: &Disk, checkpoints: &[&Checkpoint]) -> Self {
         let mut chain = Self::default();
         let mut newest = true;
-        for (place, checkpoint) in checkpoints.iter().enumerate().rev() {
+        let mut next = checkpoints.len().checked_sub(1);
+        while let Some(place) = next {
+            let checkpoint = checkpoints[place];
+            next = parent(checkpoints, place);
             let Some(entry) = checkpoint.disk(&disk.target) else {
                 continue;
             };
@@ -55,6 +59,12 @@ impl Chain {
     fn link(&self, place: usize) -> Option<usize> {
         self.links.iter().position(|&(p, _)| p == place)
     }
+}
+
+/// Where the parent of the checkpoint at `place` stands; it is older.
+fn parent(checkpoints: &[&Checkpoint], place: usize) -> Option<usize> {
+    let name = checkpoints[place].parent.as_ref()?;
+    checkpoints[..place].iter().rposition(|c| c.name == *name)
 }
 
 /// What is wrong with one link, if anything is.
@@ -121,22 +131,22 @@ pub(super) fn recording(disk: &Disk, checkpoints: &[&Checkpoint]) -> Option<Stri
         .map(|b| b.name.clone())
 }
 
-/// The bitmaps of a new checkpoint, on every disk that can carry one.
+/// The bitmaps of a new checkpoint, on the disks that it covers.
 pub(super) fn new_bitmaps(
-    name: &str,
+    new: &Checkpoint,
     disks: &[Disk],
     checkpoints: &[&Checkpoint],
+    granularity: Option<u64>,
 ) -> Vec<NewBitmap> {
-    disks
-        .iter()
-        .filter(|d| d.no_checkpoint.is_none())
-        .map(|disk| NewBitmap {
+    let entry = |disk: &Disk| {
+        Some(NewBitmap {
             target: disk.target.clone(),
-            bitmap: name.to_owned(),
+            bitmap: new.disk(&disk.target)?.bitmap.clone(),
             stop: recording(disk, checkpoints),
-            granularity: None,
+            granularity,
         })
-        .collect()
+    };
+    disks.iter().filter_map(entry).collect()
 }
 
 /// How to forget the checkpoint at `place` without losing a change: its bitmap's content goes to

@@ -11,16 +11,30 @@
 //! domain never holds up `ls` or a read of another backup.
 
 mod backup;
+mod backups;
+mod checkpoints;
+mod documents;
 mod domain;
 mod history;
+mod hub;
 mod job;
+mod listing;
 mod once;
 mod recovery;
+mod redefine;
+mod request;
+mod stamps;
 mod status;
 mod store;
 
 pub use backup::{Backup, BackupDisk, Since};
+pub use documents::{CreateFlags, DescribeFlags};
 pub use domain::{CheckpointEntry, Domain, Options};
 pub use job::{Job, Push, PushDisk};
+pub use listing::ListFilter;
+pub use request::{
+    BackupRequest, Base, BitmapRequest, CheckpointRequest, CopyRequest, OwnCheckpoint, PullDisk,
+    Redefinition, Work,
+};
 pub use status::{CheckpointStatus, DiskStatus};
 pub use store::Store;

@@ -41,9 +41,35 @@ pub(super) fn recover(backend: &dyn Backend, store: &Store, record: &mut Record)
                 forget(record, &name);
             }
         }
+        Pending::Rename(from, to) => {
+            let known = record.checkpoints.iter().find(|c| c.name == from);
+            let renamed = known.cloned().map(|mut c| {
+                c.rename(&to);
+                c.disks.retain(|d| d.bitmap == to.as_str());
+                c
+            });
+            // Where no bitmap bears the name, nothing had to be done in the domain.
+            if renamed.is_some_and(|c| present(&c)) {
+                log::warn!("checkpoint {from} was being renamed, and is now {to}");
+                rename(record, &from, &to);
+            }
+        }
     }
     record.pending = None;
     store.save(record)
+}
+
+/// Gives a checkpoint another name in the record.
+pub(super) fn rename(record: &mut Record, from: &Name, to: &Name) {
+    record.pending = None;
+    for checkpoint in &mut record.checkpoints {
+        if checkpoint.name == *from {
+            checkpoint.rename(to);
+        }
+        if checkpoint.parent.as_ref() == Some(from) {
+            checkpoint.parent = Some(to.clone());
+        }
+    }
 }
 
 /// Takes a checkpoint out of the record; its children become its parent's.

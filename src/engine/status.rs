@@ -36,6 +36,20 @@ pub enum DiskStatus {
     },
 }
 
+impl DiskStatus {
+    /// Bytes changed since on the disk of this target, at most, where that is known.
+    pub fn changed_at_most(&self, disk: &str) -> Option<u64> {
+        match self {
+            Self::Trusted {
+                target,
+                changed_at_most,
+                ..
+            } if target == disk => Some(*changed_at_most),
+            _ => None,
+        }
+    }
+}
+
 /// How one disk of the checkpoint at `place` stands.
 pub(super) fn disk_status(
     entry: &CheckpointDisk,
@@ -49,7 +63,8 @@ pub(super) fn disk_status(
     };
     let chain = Chain::of(disk, all);
     let Some(first) = chain.links.iter().position(|l| l.0 == place) else {
-        let why = chain.broken.unwrap_or_else(|| "unknown".to_owned());
+        let branch = || "it is on a branch that does not lead to the present".to_owned();
+        let why = chain.broken.unwrap_or_else(branch);
         return DiskStatus::Broken { target, why };
     };
     let dirty = |name: &String| disk.bitmaps.iter().find(|b| b.name == *name);

@@ -27,6 +27,8 @@ pub(super) enum Pending {
     Create(Checkpoint),
     /// The bitmaps of this checkpoint were about to be removed.
     Delete(Name),
+    /// The bitmaps of the first checkpoint were about to get the second name.
+    Rename(Name, Name),
 }
 
 /// The remembered state of a domain.

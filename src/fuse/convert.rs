@@ -53,7 +53,7 @@ pub(super) fn reply_entry(reply: ReplyEntry, found: Result<Found>) {
             &found.attr_ttl,
             &found.name_ttl,
             &file_attr(&found.attr),
-            Generation(0),
+            Generation(found.generation),
         ),
         Err(e) => reply.error(no(&e)),
     }

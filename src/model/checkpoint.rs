@@ -46,6 +46,16 @@ pub struct CheckpointDisk {
 pub type Broken = String;
 
 impl Checkpoint {
+    /// Gives it another name, and to the bitmaps that bear its name.
+    pub fn rename(&mut self, name: &Name) {
+        for disk in &mut self.disks {
+            if disk.bitmap == self.name.as_str() {
+                disk.bitmap = name.to_string();
+            }
+        }
+        self.name = name.clone();
+    }
+
     /// The entry for a disk, if the checkpoint covers it.
     pub fn disk(&self, target: &str) -> Option<&CheckpointDisk> {
         self.disks.iter().find(|d| d.target == target)

@@ -1,4 +1,5 @@
-//! An NBD client for frozen disks: block status for the maps, reads for the data.
+//! An NBD client for frozen disks: block status for the maps, reads for the data. And a front for
+//! other clients, who are to see some exports of a private server and no others.
 //!
 //! | file | its one idea |
 //! |---|---|
@@ -8,6 +9,7 @@
 //! | [`Connection`] | reads, straight into the caller's buffer |
 //! | [`Pool`] | several of them, for several threads |
 //! | [`block_status`] | the map of a whole export, in several contexts at once |
+//! | [`Front`] | lets other clients in, by public names, and over TCP with TLS |
 //!
 //! It is code of our own and not the `nbd` crate, whose client knows no block status, no deadline
 //! and no error that leaves a connection usable; that crate is the peer in our tests instead.
@@ -28,6 +30,7 @@
 
 mod connection;
 mod error;
+mod front;
 mod handshake;
 mod pool;
 mod socket;
@@ -38,6 +41,7 @@ use std::path::PathBuf;
 
 pub use connection::Connection;
 pub use error::{Error, Fault, Operation};
+pub use front::{Front, FrontError, Psk};
 pub use pool::Pool;
 pub use status::block_status;
 

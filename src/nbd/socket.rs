@@ -120,6 +120,11 @@ impl Socket {
         Stopper(Arc::downgrade(&self.fd))
     }
 
+    /// Gives the descriptor to somebody with another way of waiting; none while a [`Stopper`] acts.
+    pub(super) fn into_fd(self) -> Option<OwnedFd> {
+        Arc::into_inner(self.fd)
+    }
+
     /// Sends all of `bytes`.
     pub(super) fn send(&mut self, mut bytes: &[u8], deadline: Deadline) -> Result<(), Fault> {
         while !bytes.is_empty() {

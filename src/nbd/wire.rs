@@ -14,19 +14,30 @@ pub(super) const FLAG_NO_ZEROES: u16 = 1 << 1;
 
 // "Option types"
 pub(super) const OPT_EXPORT_NAME: u32 = 1;
+pub(super) const OPT_ABORT: u32 = 2;
+pub(super) const OPT_LIST: u32 = 3;
+pub(super) const OPT_STARTTLS: u32 = 5;
+pub(super) const OPT_INFO: u32 = 6;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
+pub(super) const OPT_LIST_META_CONTEXT: u32 = 9;
 pub(super) const OPT_SET_META_CONTEXT: u32 = 10;
+pub(super) const OPT_EXTENDED_HEADERS: u32 = 11;
 
 // "Option reply types"
 pub(super) const REP_ACK: u32 = 1;
+pub(super) const REP_SERVER: u32 = 2;
 pub(super) const REP_INFO: u32 = 3;
 pub(super) const REP_META_CONTEXT: u32 = 4;
 pub(super) const REP_ERR: u32 = 1 << 31;
 pub(super) const REP_ERR_UNSUP: u32 = REP_ERR | 1;
+pub(super) const REP_ERR_POLICY: u32 = REP_ERR | 2;
+pub(super) const REP_ERR_INVALID: u32 = REP_ERR | 3;
+pub(super) const REP_ERR_TLS_REQD: u32 = REP_ERR | 5;
 pub(super) const REP_ERR_UNKNOWN: u32 = REP_ERR | 6;
 
 pub(super) const INFO_EXPORT: u16 = 0;
+pub(super) const INFO_NAME: u16 = 1;
 pub(super) const INFO_BLOCK_SIZE: u16 = 3;
 
 // "Request types"
@@ -68,6 +79,17 @@ pub(super) fn option(option: u32, data: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(16 + data.len());
     out.extend(OPTION_MAGIC.to_be_bytes());
     out.extend(option.to_be_bytes());
+    out.extend((data.len() as u32).to_be_bytes());
+    out.extend(data);
+    out
+}
+
+/// "Option haggling": a server's reply to an option.
+pub(super) fn option_reply(option: u32, reply: u32, data: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(20 + data.len());
+    out.extend(OPTION_REPLY_MAGIC.to_be_bytes());
+    out.extend(option.to_be_bytes());
+    out.extend(reply.to_be_bytes());
     out.extend((data.len() as u32).to_be_bytes());
     out.extend(data);
     out

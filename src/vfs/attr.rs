@@ -1,5 +1,6 @@
 //! Attributes: truthful sizes, blocks, times and link counts.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::node::{FileKind, Ino, Node};
@@ -7,7 +8,6 @@ use super::types::{Ask, Attr, FOREVER, Found, SHORTLY};
 use super::{Vfs, refusals};
 use crate::engine::{Backup, Job};
 use crate::model::{Kind, Mode, Result};
-use crate::view;
 
 /// Size and blocks, and how long they hold.
 struct Extent {
@@ -43,13 +43,13 @@ impl Vfs {
             return false;
         };
         match (node, operation) {
-            (Node::Raw(job, disk), Ask::Attributes | Ask::Seek) => self
-                .backup(job)
-                .is_ok_and(|b| b.known_allocation(disk.into()).is_none()),
-            (
-                Node::Map(..) | Node::DirtyMap(_) | Node::SinceMap(..),
-                Ask::Attributes | Ask::Open,
-            ) => self.texts.known(node).is_none(),
+            // Whole disks and slices are opened unseen.
+            (Node::Raw(..) | Node::Slice(..), Ask::Open) => false,
+            (_, Ask::Attributes | Ask::Open | Ask::Seek) if is_content(node) => {
+                let stamped = operation != Ask::Attributes || self.is_stamped(node);
+                !(stamped && self.content_is_known(node))
+            }
+            (_, Ask::Attributes | Ask::Open) if is_map(node) => self.texts.known(node).is_none(),
             (Node::DomainXml | Node::CheckpointStatus(_), Ask::Open) => true,
             // Of a pull backup everything is known here.
             (Node::BackupStatus(job), Ask::Open) => {
@@ -65,10 +65,15 @@ impl Vfs {
     /// A node with what is known of it.
     pub(super) fn found(&self, node: Node) -> Result<Found> {
         let (attr, attr_ttl) = self.attributes(node, false)?;
+        let generation = match node {
+            Node::Slice(slot, ..) => self.sliced(slot)?.id().into(),
+            _ => 0,
+        };
         Ok(Found {
             attr,
             attr_ttl,
             name_ttl: Self::name_ttl(node),
+            generation,
         })
     }
 
@@ -105,9 +110,8 @@ impl Vfs {
 
     fn extent(&self, node: Node, ask: bool) -> Result<Extent> {
         Ok(match node {
-            Node::Raw(job, disk) => raw_extent(&*self.backup(job)?, disk.into(), ask)?,
-            Node::Map(job, _) | Node::DirtyMap(job) | Node::SinceMap(job, ..) => {
-                self.backup(job)?;
+            _ if is_content(node) => self.content_extent(node, ask)?,
+            _ if is_map(node) => {
                 let text = match self.texts.known(node) {
                     None if ask => self.text(node).map(Some),
                     known => Ok(known),
@@ -138,9 +142,10 @@ impl Vfs {
             | Node::CheckpointXml(_)
             | Node::CheckpointControl(_)
             | Node::BackupControl(_) => Extent::text(self.text(node)?.len(), Duration::ZERO),
-            Node::BackupXml(_) | Node::BackupCheckpointXml(_) | Node::BackupDomainXml(_) => {
-                Extent::text(self.text(node)?.len(), FOREVER)
-            }
+            Node::BackupXml(_)
+            | Node::BackupCheckpointXml(_)
+            | Node::BackupDomainXml(_)
+            | Node::Manifest(_) => Extent::text(self.text(node)?.len(), FOREVER),
             Node::Parent(_) | Node::Child(..) => {
                 let size = self.readlink(node.ino()?)?.len() as u64;
                 Extent {
@@ -154,6 +159,7 @@ impl Vfs {
                 blocks: 0,
                 ttl: match (node, node.job()) {
                     (Node::Checkpoints | Node::Backups | Node::Checkpoint(_), _) => Duration::ZERO,
+                    (Node::Current, _) => Duration::ZERO,
                     (_, Some(_)) => FOREVER,
                     _ => SHORTLY,
                 },
@@ -165,6 +171,8 @@ impl Vfs {
         if let Some(job) = node.job() {
             return Ok(match node {
                 Node::BackupStatus(_) => SystemTime::now(),
+                // borg forgets the files of the newest time that it sees: let that be no slice's.
+                Node::Manifest(_) => self.job(job)?.begun() + Duration::from_secs(1),
                 _ => self.job(job)?.begun(),
             });
         }
@@ -181,6 +189,11 @@ impl Vfs {
             | Node::CheckpointControl(c)
             | Node::Parent(c)
             | Node::Children(c) => self.checkpoint(c)?.checkpoint.created,
+            Node::Current => match self.domain.current_backup() {
+                Some(holder) => holder.begun(),
+                None => self.changed.lock().backups,
+            },
+            Node::Slice(slot, disk, slice) => self.stamp(slot, disk, slice)?,
             Node::Child(_, child) => self.checkpoint(child)?.checkpoint.created,
             _ => self.mounted,
         })
@@ -189,15 +202,25 @@ impl Vfs {
     fn links(&self, node: Node) -> Result<u32> {
         let directories = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).saturating_add(2);
         Ok(match node {
-            Node::Root => directories(2),
+            Node::Root => directories(3),
             Node::Checkpoints => directories(self.domain.checkpoints().len()),
             Node::Checkpoint(_) => directories(1),
             Node::Backups => directories(self.domain.jobs().len()),
             Node::Backup(job) => match self.job(job)? {
-                Job::Pull(_) => directories(3),
+                Job::Pull(backup) => directories(4 + usize::from(backup.slot().is_some())),
                 Job::Push(_) => directories(0),
             },
             Node::SinceDir(job) => directories(self.backup(job)?.since().len()),
+            Node::Current => match self.domain.current_backup() {
+                Some(holder) => directories(holder.disks().len()),
+                None => directories(0),
+            },
+            Node::Slices(job) => directories(self.backup(job)?.disks().len()),
+            Node::SliceDisk(_, job, disk) => {
+                let cut = self.backup(job)?.cut(disk.into());
+                let dirs = cut.map_or(0, |cut| cut.directories());
+                directories(usize::try_from(dirs).unwrap_or(usize::MAX))
+            }
             // disk.raw and raw/<first disk>.raw
             Node::Raw(_, 0) => 2,
             _ if node.kind() == FileKind::Directory => directories(0),
@@ -206,24 +229,95 @@ impl Vfs {
     }
 }
 
-fn raw_extent(backup: &Backup, disk: usize, ask: bool) -> Result<Extent> {
-    let size = backup.disks().get(disk).map_or(0, |d| d.size());
-    let map = match backup.known_allocation(disk) {
-        None if ask => Some(backup.allocation(disk)?),
-        known => known,
-    };
-    Ok(match map {
-        Some(map) => Extent {
-            size,
-            blocks: view::raw::blocks(&map),
-            ttl: FOREVER,
-        },
-        None => Extent {
+/// Files whose bytes come from a frozen disk.
+fn is_content(node: Node) -> bool {
+    matches!(
+        node,
+        Node::Raw(..)
+            | Node::Slice(..)
+            | Node::SinceRaw(..)
+            | Node::SinceQcow2(..)
+            | Node::Qcow2(..)
+    )
+}
+
+/// Texts that are made of what the domain says, once a backup.
+pub(super) fn is_map(node: Node) -> bool {
+    matches!(
+        node,
+        Node::Map(..)
+            | Node::DirtyMap(_)
+            | Node::SinceMap(..)
+            | Node::SinceJson(..)
+            | Node::SinceBmap(..)
+    )
+}
+
+impl Vfs {
+    /// Whether everything is known that the attributes of a content depend on, but for stamps.
+    fn content_is_known(&self, node: Node) -> bool {
+        let allocated = |backup: Result<Arc<Backup>>, disk: u16| {
+            backup.is_ok_and(|b| b.known_allocation(disk.into()).is_some())
+        };
+        match node {
+            Node::Raw(job, disk) | Node::Qcow2(job, disk) => allocated(self.backup(job), disk),
+            Node::Slice(slot, disk, _) => allocated(self.sliced(slot), disk),
+            Node::SinceRaw(job, c, disk) | Node::SinceQcow2(job, c, disk) => self
+                .backup(job)
+                .is_ok_and(|b| b.known_changes(disk.into(), c).is_some()),
+            _ => true,
+        }
+    }
+
+    fn is_stamped(&self, node: Node) -> bool {
+        match node {
+            Node::Slice(slot, disk, _) => self
+                .sliced(slot)
+                .is_ok_and(|b| b.known_stamps(disk.into()).is_some()),
+            _ => true,
+        }
+    }
+
+    fn content_extent(&self, node: Node, ask: bool) -> Result<Extent> {
+        if let (Node::Slice(slot, disk, _), true) = (node, ask) {
+            self.sliced(slot)?.stamps(disk.into())?;
+        }
+        if ask || (self.content_is_known(node) && self.is_stamped(node)) {
+            let content = self.content(node)?;
+            return Ok(Extent {
+                size: content.size(),
+                blocks: content.blocks()?,
+                // The number may be another night's before long.
+                ttl: match node {
+                    Node::Slice(..) => Duration::ZERO,
+                    _ => FOREVER,
+                },
+            });
+        }
+        let of_disk = |backup: &Backup, disk: u16| {
+            let disk = backup.disks().get(usize::from(disk));
+            disk.map_or(0, |d| d.size())
+        };
+        let size = match node {
+            Node::Raw(job, disk) | Node::SinceRaw(job, _, disk) => {
+                of_disk(&*self.backup(job)?, disk)
+            }
+            Node::Slice(slot, disk, slice) => {
+                super::slices::range(&*self.sliced(slot)?, disk, slice)?.1
+            }
+            // Of an image not even the size is known.
+            Node::SinceQcow2(job, ..) | Node::Qcow2(job, _) => {
+                self.backup(job)?;
+                0
+            }
+            _ => 0,
+        };
+        Ok(Extent {
             size,
             blocks: size.div_ceil(512),
             ttl: Duration::ZERO,
-        },
-    })
+        })
+    }
 }
 
 /// The instant in the two forms that `status` gives it in.

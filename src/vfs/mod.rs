@@ -7,7 +7,8 @@
 //!   change    mkdir, rmdir, rename; what is refused   text     what status, maps and XML say
 //!   draft     documents that are being written        control  words that are obeyed at once
 //!   refusals  last-error                              events   what happened
-//!   status    the three kinds of status               documents  what XML says
+//!   status    the kinds of status                     content  bytes of frozen disks
+//!   slices    current/ and slices/
 //! ```
 //!
 //! Two rules hold everywhere. What does not need the domain does not wait for it: looking up a
@@ -17,13 +18,14 @@
 
 mod attr;
 mod change;
+mod content;
 mod control;
-mod documents;
 mod draft;
 mod events;
 mod node;
 mod open;
 mod refusals;
+mod slices;
 mod status;
 mod text;
 mod tree;
@@ -52,6 +54,9 @@ pub struct Facts {
     pub uid: u32,
     /// Group of everything.
     pub gid: u32,
+    /// Name of the image that a `since/C/D.qcow2` is on top of: `{checkpoint}` and `{disk}` stand for
+    /// C and D.
+    pub backing: String,
     /// Others may look and read; otherwise the owner only.
     pub allow_other: bool,
 }

@@ -8,6 +8,18 @@
 //! So there is no table that grows with every lookup and no count of references to keep. Numbers
 //! of jobs, checkpoints and drafts are never given out twice while the mount lives, hence neither
 //! are these: whatever the kernel still caches under a number can never show other content.
+//!
+//! Slices are the exception. Backup tools take a file for another one when its number changes, so a
+//! slice has the same number every night, made of its disk, its place on it and its backup's place
+//! among those that run:
+//!
+//! ```text
+//!   bit  63            24 23    16 15      6 5    0
+//!       |     slice      |  slot  |  disk   | kind |
+//! ```
+//!
+//! What the kernel caches of it is told apart by the generation that goes with the number
+//! ([`Found::generation`](super::Found::generation)).
 
 use crate::model::{Error, Kind, Result};
 
@@ -28,6 +40,21 @@ pub type Job = u32;
 pub type DraftId = u32;
 /// Place of a disk in its backup.
 pub type DiskIndex = u16;
+/// Place of a backup among those that run ([`crate::engine::Backup::slot`]); 0 is whichever holds
+/// `current/`.
+pub type Slot = u8;
+
+/// The slot of `current/`.
+pub const CURRENT: Slot = 0;
+
+/// By which way to a backup's slices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Via {
+    /// `current/`
+    Current,
+    /// `backups/B/slices/`
+    Backup,
+}
 
 /// Everything that the tree can hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -92,23 +119,62 @@ pub enum Node {
     Since(Job, CheckpointId),
     /// `backups/B/since/C/D.map`
     SinceMap(Job, CheckpointId, DiskIndex),
+    /// `backups/B/since/C/D.json`
+    SinceJson(Job, CheckpointId, DiskIndex),
+    /// `backups/B/since/C/D.bmap`
+    SinceBmap(Job, CheckpointId, DiskIndex),
+    /// `backups/B/since/C/D.raw`
+    SinceRaw(Job, CheckpointId, DiskIndex),
+    /// `backups/B/since/C/D.qcow2`
+    SinceQcow2(Job, CheckpointId, DiskIndex),
+    /// `backups/B/qcow2/`
+    Qcow2Dir(Job),
+    /// `backups/B/qcow2/D.qcow2`
+    Qcow2(Job, DiskIndex),
+    /// `current/`
+    Current,
+    /// `backups/B/slices/`
+    Slices(Job),
+    /// `manifest` in either
+    Manifest(Job),
+    /// `D/` in either
+    SliceDisk(Via, Job, DiskIndex),
+    /// `D/NNNN/` in either
+    SliceDir(Via, Job, DiskIndex, u32),
+    /// `D/NNNN/NNNNNNN` in either
+    Slice(Slot, DiskIndex, u64),
 }
 
 const KIND_BITS: u32 = 6;
 const DISK_BITS: u32 = 10;
 const ID_BITS: u32 = 24;
+const SLOT_BITS: u32 = 8;
+const SLICE_BITS: u32 = 40;
+const SLICE_KIND: u64 = 44;
 
 impl Node {
     /// The inode number. Fails after sixteen million backups or checkpoints in one mount, rather
     /// than use a number again.
     pub fn ino(self) -> Result<Ino> {
-        let (kind, disk, job, checkpoint) = self.fields();
-        if job >> ID_BITS != 0 || checkpoint >> ID_BITS != 0 || disk >> DISK_BITS != 0 {
-            return Err(Error::new(
+        let none_left = || {
+            Error::new(
                 Kind::Unsupported,
                 "there are no inode numbers left for this mount",
             )
-            .hint("unmount and mount again"));
+            .hint("unmount and mount again")
+        };
+        if let Self::Slice(slot, disk, slice) = self {
+            if slice >> SLICE_BITS != 0 || disk >> DISK_BITS != 0 {
+                return Err(none_left());
+            }
+            let id = slice << (KIND_BITS + DISK_BITS + SLOT_BITS)
+                | u64::from(slot) << (KIND_BITS + DISK_BITS)
+                | u64::from(disk) << KIND_BITS;
+            return Ok(Ino(id | SLICE_KIND));
+        }
+        let (kind, disk, job, checkpoint) = self.fields();
+        if job >> ID_BITS != 0 || checkpoint >> ID_BITS != 0 || disk >> DISK_BITS != 0 {
+            return Err(none_left());
         }
         let id = u64::from(checkpoint) << (KIND_BITS + DISK_BITS + ID_BITS)
             | u64::from(job) << (KIND_BITS + DISK_BITS)
@@ -153,13 +219,31 @@ impl Node {
             28 => Self::CheckpointDraft(c),
             29 => Self::BackupDraft(c),
             30 => Self::BackupControl(job),
+            31 => Self::SinceJson(job, c, disk),
+            32 => Self::SinceBmap(job, c, disk),
+            33 => Self::SinceRaw(job, c, disk),
+            34 => Self::SinceQcow2(job, c, disk),
+            35 => Self::Qcow2Dir(job),
+            36 => Self::Qcow2(job, disk),
+            37 => Self::Current,
+            38 => Self::Slices(job),
+            39 => Self::Manifest(job),
+            40 => Self::SliceDisk(Via::Current, job, disk),
+            41 => Self::SliceDisk(Via::Backup, job, disk),
+            42 => Self::SliceDir(Via::Current, job, disk, c),
+            43 => Self::SliceDir(Via::Backup, job, disk, c),
+            44 => Self::Slice(
+                field(KIND_BITS + DISK_BITS, SLOT_BITS) as Slot,
+                disk,
+                field(KIND_BITS + DISK_BITS + SLOT_BITS, SLICE_BITS),
+            ),
             _ => return None,
         };
         // Bits that the kind has no use for must be clear, so that one thing has one number.
         (node.ino().ok() == Some(ino)).then_some(node)
     }
 
-    /// Kind, disk, job and checkpoint.
+    /// Kind, disk, job and checkpoint. A slice has neither of the last two.
     fn fields(self) -> (u64, DiskIndex, Job, CheckpointId) {
         match self {
             Self::Root => (1, 0, 0, 0),
@@ -192,6 +276,20 @@ impl Node {
             Self::CheckpointDraft(draft) => (28, 0, 0, draft),
             Self::BackupDraft(draft) => (29, 0, 0, draft),
             Self::BackupControl(job) => (30, 0, job, 0),
+            Self::SinceJson(job, c, disk) => (31, disk, job, c),
+            Self::SinceBmap(job, c, disk) => (32, disk, job, c),
+            Self::SinceRaw(job, c, disk) => (33, disk, job, c),
+            Self::SinceQcow2(job, c, disk) => (34, disk, job, c),
+            Self::Qcow2Dir(job) => (35, 0, job, 0),
+            Self::Qcow2(job, disk) => (36, disk, job, 0),
+            Self::Current => (37, 0, 0, 0),
+            Self::Slices(job) => (38, 0, job, 0),
+            Self::Manifest(job) => (39, 0, job, 0),
+            Self::SliceDisk(Via::Current, job, disk) => (40, disk, job, 0),
+            Self::SliceDisk(Via::Backup, job, disk) => (41, disk, job, 0),
+            Self::SliceDir(Via::Current, job, disk, dir) => (42, disk, job, dir),
+            Self::SliceDir(Via::Backup, job, disk, dir) => (43, disk, job, dir),
+            Self::Slice(_, disk, _) => (SLICE_KIND, disk, 0, 0),
         }
     }
 
@@ -215,13 +313,19 @@ impl Node {
             | Self::RawDir(_)
             | Self::MapDir(_)
             | Self::SinceDir(_)
-            | Self::Since(..) => FileKind::Directory,
+            | Self::Since(..)
+            | Self::Qcow2Dir(_)
+            | Self::Current
+            | Self::Slices(_)
+            | Self::SliceDisk(..)
+            | Self::SliceDir(..) => FileKind::Directory,
             Self::Parent(_) | Self::Child(..) => FileKind::Symlink,
             _ => FileKind::File,
         }
     }
 
-    /// The directory it is in; the root's is itself.
+    /// The directory it is in; the root's is itself. A slice's is not told by its number: what stands
+    /// for it is the next one that is.
     pub fn parent(self) -> Self {
         match self {
             Self::Root
@@ -230,7 +334,8 @@ impl Node {
             | Self::LastError
             | Self::Events
             | Self::Checkpoints
-            | Self::Backups => Self::Root,
+            | Self::Backups
+            | Self::Current => Self::Root,
             Self::Checkpoint(_) | Self::CheckpointDraft(_) => Self::Checkpoints,
             Self::CheckpointXml(c)
             | Self::CheckpointStatus(c)
@@ -247,11 +352,22 @@ impl Node {
             | Self::DirtyMap(job)
             | Self::RawDir(job)
             | Self::MapDir(job)
-            | Self::SinceDir(job) => Self::Backup(job),
+            | Self::SinceDir(job)
+            | Self::Qcow2Dir(job)
+            | Self::Slices(job) => Self::Backup(job),
+            Self::Qcow2(job, _) => Self::Qcow2Dir(job),
             Self::Raw(job, _) => Self::RawDir(job),
             Self::Map(job, _) => Self::MapDir(job),
             Self::Since(job, _) => Self::SinceDir(job),
-            Self::SinceMap(job, c, _) => Self::Since(job, c),
+            Self::SinceMap(job, c, _)
+            | Self::SinceJson(job, c, _)
+            | Self::SinceBmap(job, c, _)
+            | Self::SinceRaw(job, c, _)
+            | Self::SinceQcow2(job, c, _) => Self::Since(job, c),
+            Self::Manifest(job) | Self::SliceDisk(Via::Backup, job, _) => Self::Slices(job),
+            Self::SliceDisk(Via::Current, ..) | Self::Slice(CURRENT, ..) => Self::Current,
+            Self::SliceDir(via, job, disk, _) => Self::SliceDisk(via, job, disk),
+            Self::Slice(..) => Self::Backups,
         }
     }
 }
@@ -274,7 +390,9 @@ mod tests {
 
     fn node() -> impl Strategy<Value = Node> {
         let id = || 1u32..1 << ID_BITS;
-        (0usize..30, id(), id(), 0u16..1 << DISK_BITS).prop_map(|(which, c, job, disk)| {
+        let slice = (any::<u8>(), 0u64..1 << SLICE_BITS);
+        let parts = (0usize..44, id(), id(), 0u16..1 << DISK_BITS, slice);
+        parts.prop_map(|(which, c, job, disk, (slot, slice))| {
             [
                 Node::Root,
                 Node::DomainXml,
@@ -306,6 +424,20 @@ mod tests {
                 Node::CheckpointDraft(c),
                 Node::BackupDraft(c),
                 Node::BackupControl(job),
+                Node::SinceJson(job, c, disk),
+                Node::SinceBmap(job, c, disk),
+                Node::SinceRaw(job, c, disk),
+                Node::SinceQcow2(job, c, disk),
+                Node::Qcow2Dir(job),
+                Node::Qcow2(job, disk),
+                Node::Current,
+                Node::Slices(job),
+                Node::Manifest(job),
+                Node::SliceDisk(Via::Current, job, disk),
+                Node::SliceDisk(Via::Backup, job, disk),
+                Node::SliceDir(Via::Current, job, disk, c),
+                Node::SliceDir(Via::Backup, job, disk, c),
+                Node::Slice(slot, disk, slice),
             ][which]
         })
     }

@@ -6,19 +6,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::Vfs;
+use super::content::Content;
 use super::draft::Draft;
 use super::node::{FileKind, Ino, Node};
 use super::types::{Caching, Change, DirEntry, Handle, Opened, Seek};
+use super::{Vfs, slices};
 use crate::engine::Backup;
 use crate::model::{Error, Kind, Result};
-use crate::view;
+use crate::view::qcow2;
 
 /// What a directory held when reading it began.
 pub(super) type Listing = Mutex<Option<Arc<[DirEntry]>>>;
 
 pub(super) enum File {
-    Disk(Arc<Backup>, usize),
+    Content(Content),
     Text(Arc<str>),
     /// A document that is being written.
     Draft(Arc<Draft>),
@@ -75,10 +76,11 @@ impl Vfs {
             _ if node.kind() == FileKind::Directory => {
                 return Err(Error::new(Kind::IsADirectory, "is a directory"));
             }
-            Node::Raw(job, disk) => {
-                let backup = self.backup(job)?;
-                (File::Disk(backup, disk.into()), Caching::Keep)
-            }
+            Node::Raw(..)
+            | Node::Slice(..)
+            | Node::Qcow2(..)
+            | Node::SinceRaw(..)
+            | Node::SinceQcow2(..) => (File::Content(self.content(node)?), Caching::Keep),
             Node::Events => (File::Events, Caching::Bypass),
             Node::CheckpointDraft(_) | Node::BackupDraft(_) => return Err(self.refuse_draft(node)),
             _ => {
@@ -90,6 +92,43 @@ impl Vfs {
             handle: self.files.insert(file),
             caching,
         })
+    }
+
+    /// What a file of a frozen disk consists of. Asks the domain where [`asks`](Self::asks) says so.
+    pub(super) fn content(&self, node: Node) -> Result<Content> {
+        match node {
+            Node::Raw(job, disk) => Ok(Content::disk(self.backup(job)?, disk.into())),
+            Node::Slice(slot, disk, slice) => {
+                let backup = self.sliced(slot)?;
+                let range = slices::range(&backup, disk, slice)?;
+                Ok(Content::part(backup, disk.into(), range))
+            }
+            Node::Qcow2(job, disk) => Content::image(self.backup(job)?, disk.into()),
+            Node::SinceRaw(job, c, disk) => Content::changed(self.backup(job)?, disk.into(), c),
+            Node::SinceQcow2(job, c, disk) => {
+                let backup = self.backup(job)?;
+                let backing = self.backing(&backup, c, disk.into());
+                Content::overlay(backup, disk.into(), c, &backing)
+            }
+            _ => Err(Error::new(Kind::Invalid, "not of a disk")),
+        }
+    }
+
+    /// The image that what changed since a checkpoint goes on top of.
+    fn backing(&self, backup: &Backup, checkpoint: u32, disk: usize) -> qcow2::Backing {
+        let mut since = backup.since().iter();
+        let name = since.find(|s| s.id == checkpoint).map(|s| s.name.as_str());
+        let target = backup.disks().get(disk).map(|d| d.target());
+        let name = self
+            .facts
+            .backing
+            .replace("{checkpoint}", name.unwrap_or_default())
+            .replace("{disk}", target.unwrap_or_default());
+        let format = match name.ends_with(".raw") || name.ends_with(".img") {
+            true => qcow2::Format::Raw,
+            false => qcow2::Format::Qcow2,
+        };
+        qcow2::Backing { name, format }
     }
 
     /// Opens a file for writing: a `control`. Nothing else is written in place.
@@ -128,7 +167,7 @@ impl Vfs {
     /// waits.
     pub fn zeros(&self, handle: Handle, offset: u64, length: usize) -> Option<usize> {
         match &*self.files.get(handle).ok()? {
-            File::Disk(backup, disk) => backup.zeros_at(*disk, offset, length),
+            File::Content(content) => content.zeros_at(offset, length),
             _ => None,
         }
     }
@@ -138,8 +177,8 @@ impl Vfs {
     pub fn read(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let file = self.files.get(handle)?;
         match &*file {
-            File::Disk(backup, disk) => {
-                let read = backup.read_at(*disk, offset, buf);
+            File::Content(content) => {
+                let read = content.read_at(offset, buf);
                 self.noted(|| "read".to_owned(), read)
             }
             File::Text(text) => {
@@ -178,16 +217,11 @@ impl Vfs {
         let offset = u64::try_from(offset).map_err(|_| past_end())?;
         let file = self.files.get(handle)?;
         let found = match &*file {
-            File::Disk(backup, disk) => {
-                let size = backup.disks().get(*disk).map_or(0, |d| d.size());
-                if offset >= size {
+            File::Content(content) => {
+                if offset >= content.size() {
                     return Err(past_end());
                 }
-                let map = self.noted(|| "lseek".to_owned(), backup.allocation(*disk))?;
-                match to {
-                    Seek::Data => view::raw::seek_data(&map, offset),
-                    Seek::Hole => Some(view::raw::seek_hole(&map, offset)),
-                }
+                self.noted(|| "lseek".to_owned(), content.seek(offset, to))?
             }
             File::Text(text) => all_data(text.len(), offset, to),
             File::Draft(draft) => all_data(draft.extent().0, offset, to),

@@ -91,7 +91,7 @@ pub(super) fn pull(backup: &Backup) -> String {
         .plain("bytes-pulled", backup.bytes_pulled())
         .plain("scratch-used", backup.scratch_used())
         .number_or_none("scratch-limit", backup.scratch_limit())
-        .truth("current", false)
+        .truth("current", backup.holds_current())
         .nested("disks", |y| {
             for disk in backup.disks() {
                 y.nested(disk.target(), |y| pull_disk(y, backup, disk));

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::attr::is_map;
 use super::node::Node;
 use super::types::Caching;
-use super::{Vfs, documents, status};
-use crate::engine::{Backup, Job};
+use super::{Vfs, status};
+use crate::engine::{Backup, DescribeFlags, Job};
 use crate::model::{Error, Kind, Result};
 use crate::{view, xml};
 
@@ -65,7 +66,8 @@ impl Vfs {
                 return Ok(self.keep(node, xml::domain(&self.domain.info(), &disks)));
             }
             Node::CheckpointXml(c) => {
-                documents::checkpoint(&self.checkpoint(c)?.checkpoint, &self.domain.info())
+                let name = &self.checkpoint(c)?.checkpoint.name;
+                self.domain.checkpoint_xml(name, DescribeFlags::default())?
             }
             Node::CheckpointStatus(c) => {
                 let entry = self.checkpoint(c)?;
@@ -80,18 +82,23 @@ impl Vfs {
                 let words = self.controls(node)?.iter();
                 words.map(|word| format!("{word}\n")).collect()
             }
-            Node::BackupXml(job) => documents::backup(&self.job(job)?),
+            Node::BackupXml(job) => self.job(job)?.xml(),
+            Node::Manifest(job) => self.manifest(&*self.backup(job)?),
             Node::BackupDomainXml(job) => {
                 xml::domain(&self.domain.info(), self.job(job)?.domain_disks())
             }
             Node::BackupCheckpointXml(job) => match self.job(job)?.checkpoint_record() {
-                Some(checkpoint) => documents::checkpoint(checkpoint, &self.domain.info()),
+                Some(checkpoint) => {
+                    let info = self.domain.info();
+                    xml::CheckpointDocument::describe(checkpoint, Some(&info)).write()
+                }
                 None => return Err(Error::new(Kind::NotFound, "there is no checkpoint")),
             },
-            Node::Map(job, _) | Node::DirtyMap(job) | Node::SinceMap(job, ..) => {
+            _ if is_map(node) => {
                 if let Some(text) = self.texts.known(node) {
                     return Ok(text);
                 }
+                let job = node.job().unwrap_or_default();
                 let text = map(&*self.backup(job)?, node)?;
                 return Ok(self.keep(node, text));
             }
@@ -115,6 +122,12 @@ fn map(backup: &Backup, node: Node) -> Result<String> {
         Node::Map(_, disk) => view::map::allocation_text(&*backup.allocation(disk.into())?),
         Node::SinceMap(_, checkpoint, disk) => {
             view::map::change_text(&*backup.changes(disk.into(), checkpoint)?)
+        }
+        Node::SinceJson(_, checkpoint, disk) => {
+            view::json::changes(&*backup.changes(disk.into(), checkpoint)?)
+        }
+        Node::SinceBmap(_, checkpoint, disk) => {
+            view::bmap::text(&*backup.changes(disk.into(), checkpoint)?)
         }
         _ => view::map::change_text(&*backup.changes_since_base(0)?),
     })

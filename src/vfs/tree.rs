@@ -19,7 +19,12 @@ impl Vfs {
     /// again with [`getattr`](Self::getattr).
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Found> {
         let parent = Self::node(parent)?;
-        self.found(self.child(parent, name)?)
+        let mut found = self.found(self.child(parent, name)?)?;
+        if parent == Node::Current {
+            // Another backup's before long.
+            found.name_ttl = Duration::ZERO;
+        }
+        Ok(found)
     }
 
     /// Where a symbolic link leads.
@@ -89,6 +94,7 @@ impl Vfs {
                 let found = found.map(|job| Node::Backup(job.id()));
                 found.or_else(|| self.shown_draft(parent, text))
             }
+            Node::SliceDisk(..) | Node::SliceDir(..) => self.slice_child(parent, text)?,
             _ => {
                 let mut all = self.children(parent)?.into_iter();
                 all.find(|c| c.0.as_bytes() == name.as_bytes()).map(|c| c.1)
@@ -114,6 +120,7 @@ impl Vfs {
                 add("events", Node::Events);
                 add("checkpoints", Node::Checkpoints);
                 add("backups", Node::Backups);
+                add("current", Node::Current);
             }
             Node::Checkpoints => {
                 for c in self.domain.checkpoints() {
@@ -161,10 +168,21 @@ impl Vfs {
                     add("disk.raw", Node::Raw(job, 0));
                     add("dirty.map", Node::DirtyMap(job));
                     add("raw", Node::RawDir(job));
+                    add("qcow2", Node::Qcow2Dir(job));
                     add("map", Node::MapDir(job));
                     add("since", Node::SinceDir(job));
+                    if backup.pull().is_some_and(|b| b.slot().is_some()) {
+                        add("slices", Node::Slices(job));
+                    }
                 }
             }
+            Node::Qcow2Dir(job) => disks(&*self.backup(job)?, |_, target, i| {
+                add(&format!("{target}.qcow2"), Node::Qcow2(job, i));
+            }),
+            Node::Current => return Ok(self.current_children()),
+            Node::Slices(job) => return self.slices_children(job),
+            Node::SliceDisk(via, job, disk) => return self.slice_dirs(via, job, disk),
+            Node::SliceDir(via, job, disk, dir) => return self.slices_in(via, job, disk, dir),
             Node::RawDir(job) => disks(&*self.backup(job)?, |_, target, i| {
                 add(&format!("{target}.raw"), Node::Raw(job, i));
             }),
@@ -179,6 +197,10 @@ impl Vfs {
             Node::Since(job, c) => disks(&*self.backup(job)?, |disk, target, i| {
                 if disk.knows_since(c) {
                     add(&format!("{target}.map"), Node::SinceMap(job, c, i));
+                    add(&format!("{target}.json"), Node::SinceJson(job, c, i));
+                    add(&format!("{target}.bmap"), Node::SinceBmap(job, c, i));
+                    add(&format!("{target}.raw"), Node::SinceRaw(job, c, i));
+                    add(&format!("{target}.qcow2"), Node::SinceQcow2(job, c, i));
                 }
             }),
             _ => return Err(Error::new(Kind::NotADirectory, "not a directory")),
@@ -193,6 +215,8 @@ impl Vfs {
             // Not every change of these comes as an operation on the name itself.
             (Node::Checkpoint(_) | Node::Child(..), _) => Duration::ZERO,
             (Node::CheckpointDraft(_) | Node::BackupDraft(_), _) => Duration::ZERO,
+            // Its directory is one backup's.
+            (Node::Slice(..), _) => FOREVER,
             // All of a backup's names last as long as its directory.
             (_, Some(_)) => FOREVER,
             _ if node.parent() == Node::Root => FOREVER,
@@ -204,6 +228,10 @@ impl Vfs {
     pub(super) fn path(&self, node: Node) -> String {
         if node == Node::Root {
             return ".".to_owned();
+        }
+        if let Node::Slice(slot, disk, slice) = node {
+            let path = self.slice_path(slot, disk, slice);
+            return path.unwrap_or_else(|| "?".to_owned());
         }
         let name = self.name(node).unwrap_or_else(|| "?".to_owned());
         match node.parent() {

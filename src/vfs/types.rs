@@ -43,6 +43,9 @@ pub struct Found {
     pub attr_ttl: Duration,
     /// How long the name means this file.
     pub name_ttl: Duration,
+    /// Tells apart what had the same inode number at different times: nothing that the kernel keeps
+    /// of another generation is of any use.
+    pub generation: u64,
 }
 
 /// What a file that was opened is read with.

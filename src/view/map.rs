@@ -25,21 +25,31 @@ pub fn changes(dirty: &Extents<bool>, allocation: &Extents<Allocation>) -> Exten
 
 /// The text of an allocation map.
 pub fn allocation_text(map: &Extents<Allocation>) -> String {
-    text(map, |a| match (a.zero, a.hole) {
-        (false, false) => (0, "data"),
-        (false, true) => (1, "hole"),
-        (true, false) => (2, "zero"),
-        (true, true) => (3, "hole,zero"),
-    })
+    text(map, allocation_word)
 }
 
 /// The text of a change map.
 pub fn change_text(map: &Extents<Change>) -> String {
-    text(map, |c| match c {
+    text(map, change_word)
+}
+
+/// An allocation's type and description.
+pub(super) fn allocation_word(a: Allocation) -> (u32, &'static str) {
+    match (a.zero, a.hole) {
+        (false, false) => (0, "data"),
+        (false, true) => (1, "hole"),
+        (true, false) => (2, "zero"),
+        (true, true) => (3, "hole,zero"),
+    }
+}
+
+/// A change's type and description.
+pub(super) fn change_word(c: Change) -> (u32, &'static str) {
+    match c {
         Change::Clean => (0, "clean"),
         Change::Dirty => (1, "dirty"),
         Change::DirtyZero => (3, "dirty,zero"),
-    })
+    }
 }
 
 fn text<K: Copy + PartialEq>(map: &Extents<K>, word: impl Fn(K) -> (u32, &'static str)) -> String {

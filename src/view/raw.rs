@@ -1,14 +1,76 @@
 //! A frozen disk as a plain file: zeros are answered from the map, only data is fetched.
+//!
+//! Two files are made this way: the disk, and what changed of it. What their reads return and what
+//! is shown as data are two questions to a map ([`Stretch`]), because the answers differ:
+//!
+//! ```text
+//!                     raw/vda.raw: the disk           since/mon/vda.raw: what changed
+//!                     data   zeros   hole             dirty   dirty, zero   clean
+//!   reads return      disk   zeros   zeros            disk    zeros         zeros, whatever is there
+//!   SEEK_DATA finds   yes    no      no               yes     yes           no
+//! ```
+//!
+//! Whoever copies the data of the second file onto an older copy of the disk must write the new
+//! zeros too; in the first, zeros are what a new file is full of.
 
-use crate::model::{Allocation, Extents};
+use crate::model::{Allocation, Change, Extents};
+
+/// What a file knows of a stretch of its map.
+pub trait Stretch: Copy + PartialEq {
+    /// What a read returns.
+    fn content(self) -> Content;
+
+    /// It is shown as a hole: no data for SEEK_DATA, no space in `st_blocks`. A hole is zeros.
+    fn hole(self) -> bool;
+}
+
+/// What a read of a stretch returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// What the disk holds.
+    Disk,
+    /// Zeros, which the disk holds too: it does no harm to fetch them.
+    Zeros,
+    /// Zeros, whatever the disk holds.
+    Hidden,
+}
+
+impl Stretch for Allocation {
+    fn content(self) -> Content {
+        if self.zero {
+            Content::Zeros
+        } else {
+            Content::Disk
+        }
+    }
+
+    // Also where space is allocated: a reader of the whole disk need not know.
+    fn hole(self) -> bool {
+        self.content() == Content::Zeros
+    }
+}
+
+impl Stretch for Change {
+    fn content(self) -> Content {
+        match self {
+            Self::Clean => Content::Hidden,
+            Self::Dirty => Content::Disk,
+            Self::DirtyZero => Content::Zeros,
+        }
+    }
+
+    fn hole(self) -> bool {
+        self == Self::Clean
+    }
+}
 
 /// Zeros up to this many bytes between two stretches of data are fetched with them: one request
 /// costs more than so many bytes do.
 const BRIDGE: u64 = 32 * 1024;
 
 /// Fills `buf` from `offset`, which must lie within the map; `fetch(offset, part)` reads data.
-pub fn read<E>(
-    map: &Extents<Allocation>,
+pub fn read<K: Stretch, E>(
+    map: &Extents<K>,
     offset: u64,
     buf: &mut [u8],
     mut fetch: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
@@ -28,37 +90,47 @@ pub fn read<E>(
 }
 
 /// The stretches of `offset..offset + length` to fetch, as (start, end).
-fn stretches(map: &Extents<Allocation>, offset: u64, length: u64) -> Vec<(u64, u64)> {
+fn stretches<K: Stretch>(map: &Extents<K>, offset: u64, length: u64) -> Vec<(u64, u64)> {
     let mut out: Vec<(u64, u64)> = Vec::new();
-    for e in map.clip(offset, length).filter(|e| !e.kind.zero) {
-        match out.last_mut() {
-            Some(last) if e.offset - last.1 <= BRIDGE => last.1 = e.end(),
-            _ => out.push((e.offset, e.end())),
+    // Whether all behind the last stretch may be fetched with it.
+    let mut bridged = false;
+    for e in map.clip(offset, length) {
+        match (e.kind.content(), out.last_mut()) {
+            (Content::Disk, Some(last)) if bridged && e.offset - last.1 <= BRIDGE => {
+                last.1 = e.end();
+            }
+            (Content::Disk, _) => {
+                out.push((e.offset, e.end()));
+                bridged = true;
+            }
+            (Content::Zeros, _) => {}
+            (Content::Hidden, _) => bridged = false,
         }
     }
     out
 }
 
 /// Whether there are only zeros in `offset..offset + length`, as far as that lies within the map.
-pub fn is_zero(map: &Extents<Allocation>, offset: u64, length: u64) -> bool {
-    map.clip(offset, length).all(|e| e.kind.zero)
+pub fn is_zero<K: Stretch>(map: &Extents<K>, offset: u64, length: u64) -> bool {
+    map.clip(offset, length)
+        .all(|e| e.kind.content() != Content::Disk)
 }
 
-/// `st_blocks` of the file, in units of 512 bytes: what is not known to be zeros.
+/// `st_blocks` of the file, in units of 512 bytes: what is no hole.
 ///
 /// Tools such as `tar -S` and `cp` look for holes only where this is less than the size.
-pub fn blocks(map: &Extents<Allocation>) -> u64 {
-    map.bytes(|a| !a.zero).div_ceil(512)
+pub fn blocks<K: Stretch>(map: &Extents<K>) -> u64 {
+    map.bytes(|k| !k.hole()).div_ceil(512)
 }
 
-/// SEEK_DATA: the first byte at or after `offset` that is data; `None` if only zeros are left.
-pub fn seek_data(map: &Extents<Allocation>, offset: u64) -> Option<u64> {
-    map.seek(offset, |a| !a.zero)
+/// SEEK_DATA: the first byte at or after `offset` that is data; `None` if only holes are left.
+pub fn seek_data<K: Stretch>(map: &Extents<K>, offset: u64) -> Option<u64> {
+    map.seek(offset, |k| !k.hole())
 }
 
 /// SEEK_HOLE: the first byte at or after `offset` that is a hole; the end of the file counts as one.
-pub fn seek_hole(map: &Extents<Allocation>, offset: u64) -> u64 {
-    map.seek(offset, |a| a.zero).unwrap_or(map.size())
+pub fn seek_hole<K: Stretch>(map: &Extents<K>, offset: u64) -> u64 {
+    map.seek(offset, K::hole).unwrap_or(map.size())
 }
 
 #[cfg(test)]
@@ -67,11 +139,10 @@ mod tests {
     use proptest::prelude::*;
 
     /// Runs of kilobytes: lengths on both sides of `BRIDGE`.
-    fn disk() -> impl Strategy<Value = Extents<Allocation>> {
-        let run = (1u64..80, 0..3).prop_map(|(k, kind)| {
-            let kind = [Allocation::DATA, Allocation::HOLE, Allocation::ZERO][kind as usize];
-            (k * 1024, kind)
-        });
+    fn map_of<K: Stretch + std::fmt::Debug>(
+        kinds: &'static [K],
+    ) -> impl Strategy<Value = Extents<K>> {
+        let run = (1u64..80, 0..kinds.len()).prop_map(|(k, kind)| (k * 1024, kinds[kind]));
         proptest::collection::vec(run, 1..20).prop_map(|runs| {
             let mut map = Extents::new();
             for (length, kind) in runs {
@@ -79,6 +150,10 @@ mod tests {
             }
             map
         })
+    }
+
+    fn disk() -> impl Strategy<Value = Extents<Allocation>> {
+        map_of(&[Allocation::DATA, Allocation::HOLE, Allocation::ZERO])
     }
 
     /// The disk's true bytes: data is never 0, the rest always.
@@ -127,6 +202,71 @@ mod tests {
             prop_assert!(near(Some(seek_hole(&map, offset)), hole.or(Some(map.size()))));
             prop_assert_eq!(blocks(&map) * 512, map.bytes(|a| !a.zero));
         }
+
+        /// Any old copy of a disk becomes the new disk when the data of the file of changes is
+        /// copied onto it.
+        #[test]
+        fn changes_bring_an_old_copy_up_to_date(changes in changes()) {
+            let (mut copy, new) = disks(&changes);
+            let (mut at, mut copied) = (0, 0);
+            while let Some(start) = seek_data(&changes, at) {
+                at = seek_hole(&changes, start);
+                copied += at - start;
+                let part = read_of(&changes, &new, start, at - start);
+                copy[start as usize..at as usize].copy_from_slice(&part);
+            }
+            prop_assert!(copy == new);
+            prop_assert_eq!(copied, changes.bytes(|c| c != Change::Clean));
+            prop_assert_eq!(blocks(&changes) * 512, copied);
+        }
+
+        /// What did not change reads as zeros, though the disk, which is asked, holds something.
+        #[test]
+        fn nothing_shows_through_holes(
+            changes in changes(),
+            from in 0.0..1.0f64,
+            length in 0u64..200_000,
+        ) {
+            let offset = (changes.size() as f64 * from) as u64;
+            let length = length.min(changes.size() - offset);
+            let (_, new) = disks(&changes);
+            let mut expected = new.clone();
+            for e in changes.iter().filter(|e| e.kind == Change::Clean) {
+                expected[e.offset as usize..e.end() as usize].fill(0);
+            }
+            let part = read_of(&changes, &new, offset, length);
+            prop_assert!(part == expected[offset as usize..][..length as usize]);
+            prop_assert_eq!(is_zero(&changes, offset, length), part.iter().all(|b| *b == 0));
+        }
+    }
+
+    fn changes() -> impl Strategy<Value = Extents<Change>> {
+        map_of(&[Change::Clean, Change::Dirty, Change::DirtyZero])
+    }
+
+    /// The disk before and after; it holds no zeros but the new ones.
+    fn disks(changes: &Extents<Change>) -> (Vec<u8>, Vec<u8>) {
+        let before: Vec<u8> = (0..changes.size()).map(|at| (at % 251) as u8 + 1).collect();
+        let mut after = before.clone();
+        for e in changes.iter() {
+            let part = &mut after[e.offset as usize..e.end() as usize];
+            match e.kind {
+                Change::Clean => {}
+                Change::Dirty => part.iter_mut().for_each(|b| *b += 1),
+                Change::DirtyZero => part.fill(0),
+            }
+        }
+        (before, after)
+    }
+
+    fn read_of(changes: &Extents<Change>, disk: &[u8], offset: u64, length: u64) -> Vec<u8> {
+        let mut buf = vec![0xee; length as usize];
+        read(changes, offset, &mut buf, |at, part| {
+            part.copy_from_slice(&disk[at as usize..][..part.len()]);
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+        buf
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! What the tests against real programs share: a QEMU, a mount, a model of a disk, and a QMP peer
-//! that misbehaves on demand. Nothing here uses the crate under test.
+//! that misbehaves on demand. Only `domain` uses the crate under test.
 
 #![allow(
     dead_code,
@@ -10,6 +10,7 @@
 )]
 
 pub mod console;
+pub mod domain;
 pub mod fault;
 pub mod image;
 pub mod model;
@@ -18,6 +19,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod tools;
+pub mod upstream;
 
 pub use console::Console;
 pub use fault::{Fault, QmpFault};

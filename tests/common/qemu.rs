@@ -95,6 +95,11 @@ pub fn iothread_writes() -> bool {
     !said.contains("version 7.")
 }
 
+/// Is it a QEMU whose snapshot-access shows newer data than it should?
+pub fn is_before_8() -> bool {
+    !iothread_writes()
+}
+
 /// A running QEMU. Dropped, it is ended and its directory removed.
 pub struct Qemu {
     child: Child,

@@ -44,6 +44,20 @@ pub(super) struct Node {
     dirty_bitmaps: Vec<DirtyBitmap>,
 }
 
+impl Node {
+    /// The bitmaps with a name that satisfies `wanted`: (node, bitmap).
+    pub(super) fn bitmaps_of(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+    ) -> impl Iterator<Item = (&str, &str)> {
+        let node = self.node_name.as_deref();
+        let names = self.dirty_bitmaps.iter().filter_map(|b| b.name.as_deref());
+        names
+            .filter(move |n| wanted(n))
+            .filter_map(move |n| Some((node?, n)))
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Image {

@@ -25,6 +25,7 @@
 //! steps end a backup, undo a begin that failed anywhere (also where QEMU did what it was told but
 //! the answer was lost), and can be repeated.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -39,7 +40,7 @@ use super::scratch::{self, Scratch};
 use super::{Shared, action, server};
 use crate::backend::FrozenDisk;
 use crate::model::{
-    BackupPlan, CheckpointRemoval, Error, FreezeDisk, Kind, NewCheckpoint, RemoveBitmap, Result,
+    BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
 };
 use crate::nbd;
 
@@ -53,20 +54,29 @@ pub(super) struct Part {
     /// Granularity of the bitmap that recorded up to the instant, where there is one; its frozen
     /// copy is on the overlay.
     pub(super) recorded: Option<(String, u64)>,
+    /// The scratch file, where the usual place is not wanted.
+    scratch: Option<PathBuf>,
+    /// How other NBD clients find it.
+    export: Option<PublicExport>,
 }
 
 /// A running backup.
 pub(super) struct Session {
+    pub(super) id: JobId,
     /// The QEMU process that holds it.
     pid: i32,
     pub(super) parts: Vec<Part>,
     scratch: Mutex<Vec<Scratch>>,
     /// Its begin did not fail.
     begun: AtomicBool,
+    /// It was told that its scratch space gets short.
+    warned: AtomicBool,
     /// It counts among the NBD server's users.
     server: AtomicBool,
     /// The connections of its readers.
     pub(super) pools: Mutex<Vec<Arc<nbd::Pool>>>,
+    /// The door for NBD clients from outside.
+    front: Mutex<Option<nbd::Front>>,
     /// Why it is over. Set before anything is taken apart.
     failure: RwLock<Option<Error>>,
     /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
@@ -77,28 +87,36 @@ pub(super) struct Session {
 pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFrozen> {
     shared.settle()?;
     let monitor = shared.link.monitor()?;
-    if matches!(shared.roots, super::Roots::Drives) && monitor.migrating()? {
-        return Err(
-            Error::new(Kind::Busy, "the domain is being migrated").hint("wait for the migration")
-        );
-    }
+    shared.not_migrating(&monitor)?;
     scratch::check_room(&shared.places.scratch)?;
+    if plan.server.is_some() && Access::of(monitor.client().version()).asks_the_overlay() {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "this QEMU, before 8.0, shows NBD clients newer data than it should; fleecefs works \
+             around that, and other clients cannot",
+        )
+        .hint("leave <server> out and read the files, or use a newer QEMU"));
+    }
     let mut parts = Vec::new();
     for (index, disk) in plan.disks.iter().enumerate() {
         parts.push(part(shared, plan.id, index, disk)?);
     }
     let session = Arc::new(Session {
+        id: plan.id,
         pid: monitor.client().peer().pid,
         parts,
         scratch: Mutex::default(),
         begun: AtomicBool::new(false),
+        warned: AtomicBool::new(false),
         server: AtomicBool::new(false),
         pools: Mutex::default(),
+        front: Mutex::default(),
         failure: RwLock::new(None),
         gone: Mutex::new(false),
     });
     shared.sessions.lock().push(Arc::clone(&session));
-    match session.begin(shared, &monitor, plan.checkpoint.as_ref()) {
+    let server = plan.server.as_ref();
+    match session.begin(shared, &monitor, plan.checkpoint.as_ref(), server) {
         Ok(disks) => {
             session.begun.store(true, Ordering::Release);
             Ok(QemuFrozen::new(Arc::clone(shared), session, disks))
@@ -125,6 +143,8 @@ fn part(shared: &Shared, job: u32, index: usize, disk: &FreezeDisk) -> Result<Pa
         size: live.disk.size,
         names: Names::new(shared.rundir.id(), job, index),
         recorded,
+        scratch: disk.scratch.clone().map(PathBuf::from),
+        export: disk.export.clone(),
     })
 }
 
@@ -134,7 +154,10 @@ impl Part {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
         let name = name.trim_start_matches(super::PREFIX);
-        let scratch = Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?;
+        let scratch = match &self.scratch {
+            None => Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?,
+            Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
+        };
         let file = self.names.file();
         monitor
             .blockdev_add(json!({
@@ -194,9 +217,35 @@ impl Part {
         monitor.export_add(&export, &access, &export, &[])
     }
 
+    /// Exports it once more, with the changes as a bitmap, for clients from outside; the public and
+    /// the private name.
+    fn publish(&self, monitor: &Monitor) -> Result<Option<(String, String)>> {
+        let Some(public) = &self.export else {
+            return Ok(None);
+        };
+        let export = self.names.public_export();
+        let (access, overlay) = (self.names.access(), self.names.overlay());
+        let bitmap = match (&public.bitmap, &self.recorded) {
+            (Some((bitmap, older)), Some((_, granularity))) => {
+                let mut sources: Vec<_> = older
+                    .iter()
+                    .map(|name| json!({"node": self.node, "name": name}))
+                    .collect();
+                sources.push(json!({"node": overlay, "name": TAIL}));
+                monitor.bitmap_add(&overlay, bitmap, *granularity)?;
+                monitor.bitmap_merge(&overlay, bitmap, sources)?;
+                Some((overlay.as_str(), bitmap.as_str()))
+            }
+            _ => None,
+        };
+        monitor.export_add(&export, &access, &export, bitmap.as_slice())?;
+        Ok(Some((public.name.clone(), export)))
+    }
+
     /// Removes every trace, in the order that neither deadlocks QEMU nor shows a reader newer data:
     /// its readers, the export, the job, the nodes from the top down.
     fn dissolve(&self, monitor: &Monitor) -> Result<()> {
+        monitor.export_del(&self.names.public_export())?;
         monitor.export_del(&self.names.map_export())?;
         monitor.export_del(&self.names.export())?;
         monitor.job_cancel(&self.names.job())?;
@@ -217,6 +266,7 @@ impl Session {
         shared: &Arc<Shared>,
         monitor: &Monitor,
         checkpoint: Option<&NewCheckpoint>,
+        address: Option<&ServerAddress>,
     ) -> Result<Vec<Box<dyn FrozenDisk>>> {
         for part in &self.parts {
             let scratch = part.prepare(shared, monitor).map_err(|e| part.during(e))?;
@@ -238,12 +288,39 @@ impl Session {
             }
             part.access(monitor).map_err(|e| part.during(e))?;
         }
+        if let Some(address) = address {
+            self.open_front(shared, monitor, address)?;
+        }
         let mut disks: Vec<Box<dyn FrozenDisk>> = Vec::new();
         for index in 0..self.parts.len() {
             let disk = QemuDisk::open(shared, self, index)?;
             disks.push(Box::new(disk));
         }
         Ok(disks)
+    }
+
+    /// Lets NBD clients from outside have the disks.
+    fn open_front(
+        &self,
+        shared: &Shared,
+        monitor: &Monitor,
+        address: &ServerAddress,
+    ) -> Result<()> {
+        let keys = match (address, &shared.places.tls_psk) {
+            (ServerAddress::Tcp { tls: true, .. }, Some(path)) => {
+                Some(nbd::Psk::load(path).map_err(front_error)?)
+            }
+            _ => None,
+        };
+        let mut exports = Vec::new();
+        for part in &self.parts {
+            exports.extend(part.publish(monitor).map_err(|e| part.during(e))?);
+        }
+        let upstream = server::socket(&shared.rundir);
+        let timeout = shared.places.timeout;
+        let front = nbd::Front::start(address, upstream, exports, keys, timeout);
+        *self.front.lock() = Some(front.map_err(front_error)?);
+        Ok(())
     }
 
     /// The node under this backup's filter, if `node` is one.
@@ -261,12 +338,24 @@ impl Session {
         self.failure.read().clone()
     }
 
-    /// From now on every read fails with `why`, unless it failed before.
-    pub(super) fn fail(&self, why: Error) {
-        self.failure.write().get_or_insert(why);
+    /// From now on every read fails with `why`, unless it failed before; whether this made it so.
+    pub(super) fn fail(&self, why: Error) -> bool {
+        let first = {
+            let mut failure = self.failure.write();
+            let first = failure.is_none();
+            failure.get_or_insert(why);
+            first
+        };
+        drop(self.front.lock().take());
         for pool in self.pools.lock().iter() {
             pool.close();
         }
+        first
+    }
+
+    /// Whether nobody was told yet that scratch space gets short.
+    pub(super) fn warn_once(&self) -> bool {
+        !self.warned.swap(true, Ordering::AcqRel)
     }
 
     pub(super) fn scratch_used(&self) -> u64 {
@@ -329,27 +418,23 @@ impl Session {
     /// the transaction took effect.
     fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
         let ended = self.end(shared);
-        let Some(new) = checkpoint else { return ended };
-        let now = shared.look()?;
-        let mut removal = CheckpointRemoval {
-            name: new.name.clone(),
-            bitmaps: Vec::new(),
-        };
-        for bitmap in &new.bitmaps {
-            let disk = now.iter().find(|d| d.disk.target == bitmap.target);
-            let made = disk.is_some_and(|d| d.disk.bitmaps.iter().any(|b| b.name == bitmap.bitmap));
-            if made {
-                removal.bitmaps.push(RemoveBitmap {
-                    target: bitmap.target.clone(),
-                    bitmap: bitmap.bitmap.clone(),
-                    resume: bitmap.stop.is_some(),
-                    merge_into: bitmap.stop.clone(),
-                });
-            }
+        match checkpoint {
+            Some(new) => shared.undo_checkpoint(new).and(ended),
+            None => ended,
         }
-        let actions = shared.removal_actions(&removal)?;
-        shared.link.monitor()?.transaction(actions)?;
-        ended
+    }
+}
+
+/// A front that did not open, for users.
+fn front_error(error: nbd::FrontError) -> Error {
+    let text = error.to_string();
+    match error {
+        nbd::FrontError::InUse { .. } => Error::new(Kind::Busy, text)
+            .hint("choose another address, or remove what is there if nobody uses it"),
+        nbd::FrontError::NoKeys { .. } | nbd::FrontError::Keys { .. } => {
+            Error::new(Kind::Invalid, text).hint("psktool -u NAME -p FILE makes a key file")
+        }
+        nbd::FrontError::Listen { .. } => Error::new(Kind::Io, text),
     }
 }
 

@@ -3,7 +3,8 @@
 //! When the scratch space is full, copy-before-write fails and with it the guest's write; with
 //! QEMU's default `werror` the guest is paused. So free space is looked at a few times a second while
 //! a backup runs and the largest one is ended in time. Should the guest have been stopped all the
-//! same, the backup is ended and the guest goes on, unharmed: its write is made again.
+//! same, the backup is ended and the guest goes on, unharmed: its write is made again. The same goes
+//! for a push backup whose target is full. The thread also sees to push backups that were written.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::freeze::Session;
 use super::names::PREFIX;
 use super::{Shared, scratch};
+use crate::backend::Notice;
 use crate::model::{Error, Kind};
 use crate::qmp;
 
@@ -61,18 +63,20 @@ impl Drop for Guard {
 fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
     let mut mark = qmp::Mark::START;
     let mut client: Option<Arc<qmp::Client>> = None;
+    let mut last_look = Instant::now();
     let mut last_settled = Instant::now();
     while !stop.load(Ordering::Acquire) {
         let Some(shared) = shared.upgrade() else {
             return;
         };
         let sessions = shared.sessions.lock().clone();
+        let idle = sessions.is_empty() && shared.pushes.lock().is_empty();
         // Only a running backup is worth connecting again for.
         if client.as_ref().is_none_or(|c| !c.is_connected()) {
             client = follow(&shared, &sessions);
             mark = qmp::Mark::START;
         }
-        let wait = if sessions.is_empty() { IDLE } else { LOOK };
+        let wait = if idle { IDLE } else { LOOK };
         let event = match &client {
             Some(client) => client.next_event(mark, wait),
             None => {
@@ -83,20 +87,28 @@ fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
         match event {
             Ok(Some(event)) => {
                 mark = event.mark();
-                if event.name == "BLOCK_IO_ERROR" {
-                    write_failed(&shared, &event);
+                match event.name.as_str() {
+                    "BLOCK_IO_ERROR" => write_failed(&shared, &event),
+                    "JOB_STATUS_CHANGE" if event.data["status"] == "concluded" => {
+                        watch_pushes(&shared);
+                    }
+                    _ => {}
                 }
             }
-            Ok(None) => {
-                watch_space(&shared);
-                if last_settled.elapsed() >= SETTLE {
-                    // Fails as long as QEMU does not answer, and was logged when it first did.
-                    let _ = shared.settle();
-                    last_settled = Instant::now();
-                }
-            }
+            Ok(None) => {}
             // The next round connects again; after lost events, go on with those to come.
             Err(_) => mark = client.as_ref().map_or(mark, |c| c.mark()),
+        }
+        // By the clock: a QEMU that is never silent must not keep us from looking.
+        if last_look.elapsed() >= wait {
+            watch_space(&shared);
+            watch_pushes(&shared);
+            last_look = Instant::now();
+        }
+        if last_settled.elapsed() >= SETTLE {
+            // Fails as long as QEMU does not answer, and was logged when it first did.
+            let _ = shared.settle();
+            last_settled = Instant::now();
         }
     }
 }
@@ -105,10 +117,9 @@ fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
 fn follow(shared: &Shared, sessions: &[Arc<Session>]) -> Option<Arc<qmp::Client>> {
     let gone = |sessions: &[Arc<Session>]| {
         for session in sessions {
-            session.fail(
-                Error::new(Kind::NotConnected, "the domain is gone")
-                    .hint("rmdir the backup; begin another when the domain runs again"),
-            );
+            let why = Error::new(Kind::NotConnected, "the domain is gone")
+                .hint("rmdir the backup; begin another when the domain runs again");
+            fail(shared, session, why);
         }
     };
     match shared.link.monitor() {
@@ -127,9 +138,18 @@ fn follow(shared: &Shared, sessions: &[Arc<Session>]) -> Option<Arc<qmp::Client>
     }
 }
 
+/// Has push backups look how far they are.
+fn watch_pushes(shared: &Shared) {
+    let pushes = shared.pushes.lock().clone();
+    for push in pushes {
+        push.watch(shared);
+    }
+}
+
 /// Ends the backup that takes the most, if space is short or its limit is reached.
 fn watch_space(shared: &Shared) {
     let sessions = running(shared);
+    warn(shared, &sessions);
     if let Some(limit) = shared.places.scratch_limit {
         for session in &sessions {
             let used = session.scratch_used();
@@ -150,7 +170,18 @@ fn write_failed(shared: &Shared, event: &qmp::Event) {
     if !node.starts_with(PREFIX) || event.data["operation"] != "write" {
         return;
     }
-    end_largest(shared, "the scratch space is full");
+    let pushes = shared.pushes.lock().clone();
+    match pushes.iter().find(|p| p.below(node).is_some()) {
+        Some(push) => {
+            let why = Error::new(
+                Kind::NoSpace,
+                "a target is full; the backup was ended so that the guest can go on",
+            )
+            .hint("make room for the target");
+            push.fail(shared, why);
+        }
+        None => end_largest(shared, "the scratch space is full"),
+    }
     if event.data["action"] != "stop" {
         return;
     }
@@ -175,6 +206,33 @@ fn end_largest(shared: &Shared, why: &str) {
     }
 }
 
+/// Tells once of each backup that it has taken three quarters of what it may take: of its limit, or
+/// of the room that it shares with others.
+fn warn(shared: &Shared, sessions: &[Arc<Session>]) {
+    let limit = shared.places.scratch_limit;
+    let room = scratch::room(&shared.places.scratch);
+    let used: u64 = sessions.iter().map(|s| s.scratch_used()).sum();
+    for session in sessions {
+        let own = session.scratch_used();
+        let left = room.map(|room| used.saturating_add(room));
+        let short = |used: u64, limit: Option<u64>| {
+            limit.filter(|limit| used.saturating_mul(4) >= limit.saturating_mul(3))
+        };
+        let reached = short(own, limit).map(|limit| (own, limit));
+        let reached = reached.or_else(|| short(used, left).map(|limit| (used, limit)));
+        if let Some((used, limit)) = reached.filter(|_| session.warn_once()) {
+            shared.notify(Notice::ScratchThreshold(session.id, used, limit));
+        }
+    }
+}
+
+/// From now on reads of the backup fail, and whoever listens is told.
+fn fail(shared: &Shared, session: &Session, why: Error) {
+    if session.fail(why.clone()) {
+        shared.notify(Notice::Over(session.id, Err(why)));
+    }
+}
+
 fn running(shared: &Shared) -> Vec<Arc<Session>> {
     let sessions = shared.sessions.lock();
     let alive = sessions.iter().filter(|s| s.failure().is_none());
@@ -184,7 +242,7 @@ fn running(shared: &Shared) -> Vec<Arc<Session>> {
 fn break_off(shared: &Shared, session: &Session, why: &str, hint: &str) {
     let why = format!("{why}; the backup was ended so that the guest can go on");
     log::error!("{why} ({hint})");
-    session.fail(Error::new(Kind::NoSpace, why).hint(hint));
+    fail(shared, session, Error::new(Kind::NoSpace, why).hint(hint));
     if let Err(e) = session.end(shared) {
         log::error!("ending it: {e}");
     }

@@ -12,7 +12,7 @@
 //! The commands, their order and the texts of refusals were tried on QEMU 7.2 and 10.0.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -21,14 +21,16 @@ use self::disks::DiskNode;
 pub(super) use self::disks::Roots;
 use self::freeze::Session;
 pub(super) use self::link::Link;
+use self::monitor::Monitor;
 use self::names::PREFIX;
+use self::push::PushSession;
 use self::server::Server;
 use super::source::Places;
 use super::storage_daemon::Daemon;
-use super::{Backend, Frozen, Listener, Pushing};
+use super::{Backend, Frozen, Listener, Notice, Pushing};
 use crate::model::{
     BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, PushPlan,
-    RenameBitmap, Result,
+    RemoveBitmap, RenameBitmap, Result,
 };
 use crate::qmp;
 
@@ -39,6 +41,7 @@ mod guard;
 mod link;
 mod monitor;
 mod names;
+mod push;
 mod quirks;
 mod rundir;
 mod scratch;
@@ -66,6 +69,10 @@ struct Shared {
     seen: Mutex<Vec<DiskNode>>,
     /// Backups that have something in QEMU.
     sessions: Mutex<Vec<Arc<Session>>>,
+    /// Push backups that have something in QEMU.
+    pushes: Mutex<Vec<Arc<PushSession>>>,
+    /// Who is told of what happens by itself.
+    listener: OnceLock<Listener>,
 }
 
 impl Qemu {
@@ -111,6 +118,8 @@ impl Qemu {
             rundir,
             seen: Mutex::default(),
             sessions: Mutex::default(),
+            pushes: Mutex::default(),
+            listener: OnceLock::new(),
         });
         let guard = guard::Guard::start(&shared);
         Self {
@@ -128,7 +137,25 @@ impl Shared {
     fn settle(&self) -> Result<()> {
         let sessions = self.sessions.lock().clone();
         let mut over = sessions.iter().filter(|s| s.failure().is_some());
-        over.try_for_each(|s| s.end(self))
+        over.try_for_each(|s| s.end(self))?;
+        let pushes = self.pushes.lock().clone();
+        pushes.iter().try_for_each(|p| p.settle(self))
+    }
+
+    /// Tells the listener, if there is one.
+    fn notify(&self, notice: Notice) {
+        if let Some(listener) = self.listener.get() {
+            listener(notice);
+        }
+    }
+
+    /// EBUSY while the domain is being migrated. A storage daemon is not.
+    fn not_migrating(&self, monitor: &Monitor) -> Result<()> {
+        if matches!(self.roots, Roots::Drives) && monitor.migrating()? {
+            return Err(Error::new(Kind::Busy, "the domain is being migrated")
+                .hint("wait for the migration"));
+        }
+        Ok(())
     }
 
     /// Looks at the block graph.
@@ -138,8 +165,8 @@ impl Shared {
         let found = match &self.roots {
             Roots::Drives => disks::of_drives(&monitor.drives()?, &nodes, |node| {
                 // While a backup runs, its filter is what the drive sees.
-                let sessions = self.sessions.lock();
-                sessions.iter().find_map(|s| s.below(node))
+                let pulled = self.sessions.lock().iter().find_map(|s| s.below(node));
+                pulled.or_else(|| self.pushes.lock().iter().find_map(|p| p.below(node)))
             }),
             Roots::Nodes(wanted) => disks::of_nodes(wanted, &nodes),
         };
@@ -155,15 +182,40 @@ impl Shared {
             .ok_or_else(|| Error::new(Kind::NotFound, format!("the domain has no disk {target}")))
     }
 
+    /// Removes a checkpoint's bitmaps if they are there, as after a transaction whose answer was lost;
+    /// what recorded before them does so again.
+    fn undo_checkpoint(&self, new: &NewCheckpoint) -> Result<()> {
+        let now = self.look()?;
+        let mut removal = CheckpointRemoval {
+            name: new.name.clone(),
+            bitmaps: Vec::new(),
+        };
+        for bitmap in &new.bitmaps {
+            let disk = now.iter().find(|d| d.disk.target == bitmap.target);
+            let made = disk.is_some_and(|d| d.disk.bitmaps.iter().any(|b| b.name == bitmap.bitmap));
+            if made {
+                removal.bitmaps.push(RemoveBitmap {
+                    target: bitmap.target.clone(),
+                    bitmap: bitmap.bitmap.clone(),
+                    resume: bitmap.stop.is_some(),
+                    merge_into: bitmap.stop.clone(),
+                });
+            }
+        }
+        let actions = self.removal_actions(&removal)?;
+        self.link.monitor()?.transaction(actions)
+    }
+
     /// The part of a transaction that makes a checkpoint.
     fn checkpoint_actions(&self, new: &NewCheckpoint) -> Result<Vec<Value>> {
         let mut actions = Vec::new();
         for bitmap in &new.bitmaps {
             let node = self.node(&bitmap.target)?.node;
-            actions.push(action(
-                "block-dirty-bitmap-add",
-                json!({"node": node, "name": bitmap.bitmap, "persistent": true}),
-            ));
+            let mut add = json!({"node": node, "name": bitmap.bitmap, "persistent": true});
+            if let Some(granularity) = bitmap.granularity {
+                add["granularity"] = json!(granularity);
+            }
+            actions.push(action("block-dirty-bitmap-add", add));
             if let Some(stop) = &bitmap.stop {
                 let data = json!({"node": node, "name": stop});
                 actions.push(action("block-dirty-bitmap-disable", data));
@@ -189,6 +241,30 @@ impl Shared {
                 ));
             }
             let data = json!({"node": node, "name": bitmap.bitmap});
+            actions.push(action("block-dirty-bitmap-remove", data));
+        }
+        Ok(actions)
+    }
+}
+
+impl Shared {
+    /// The transaction that gives bitmaps other names. QEMU cannot rename one, so another one begins
+    /// where it stands: it records from the same instant, takes over the content, and the old one
+    /// goes.
+    fn rename_actions(&self, renames: &[RenameBitmap]) -> Result<Vec<Value>> {
+        let mut actions = Vec::new();
+        for rename in renames {
+            let node = self.node(&rename.target)?.node;
+            actions.push(action(
+                "block-dirty-bitmap-add",
+                json!({"node": node, "name": rename.to, "persistent": true,
+                       "granularity": rename.granularity, "disabled": !rename.recording}),
+            ));
+            actions.push(action(
+                "block-dirty-bitmap-merge",
+                json!({"node": node, "target": rename.to, "bitmaps": [rename.from]}),
+            ));
+            let data = json!({"node": node, "name": rename.from});
             actions.push(action("block-dirty-bitmap-remove", data));
         }
         Ok(actions)
@@ -242,11 +318,15 @@ impl Backend for Qemu {
             log::warn!("ending job {}, left by a killed fleecefs", job.id);
             match job.id.ends_with("new") {
                 true => monitor.discard_create(&job.id)?,
-                false => drop(monitor.job_cancel(&job.id)?),
+                false => monitor.job_end(&job.id)?,
             }
         }
-        let left: Vec<String> = monitor
-            .nodes()?
+        let nodes = monitor.nodes()?;
+        for (node, bitmap) in nodes.iter().flat_map(|n| n.bitmaps_of(ours)) {
+            log::warn!("removing bitmap {bitmap} of {node}, left by a killed fleecefs");
+            monitor.bitmap_remove(node, bitmap)?;
+        }
+        let left: Vec<String> = nodes
             .into_iter()
             .filter_map(|n| n.node_name.filter(|name| ours(name)))
             .collect();
@@ -295,15 +375,19 @@ impl Backend for Qemu {
         Ok(Box::new(freeze::freeze(&self.shared, plan)?))
     }
 
-    fn rename_checkpoint(&self, _renames: &[RenameBitmap]) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "not yet"))
+    fn rename_checkpoint(&self, renames: &[RenameBitmap]) -> Result<()> {
+        let actions = self.shared.rename_actions(renames)?;
+        self.shared.link.monitor()?.transaction(actions)
     }
 
-    fn push(&self, _plan: &PushPlan) -> Result<Box<dyn Pushing>> {
-        Err(Error::new(Kind::Unsupported, "not yet"))
+    fn push(&self, plan: &PushPlan) -> Result<Box<dyn Pushing>> {
+        push::push(&self.shared, plan)
     }
 
-    fn listen(&self, _listener: Listener) {}
+    fn listen(&self, listener: Listener) {
+        // Called once; a second listener would be nobody's.
+        let _ = self.shared.listener.set(listener);
+    }
 
     fn close(&self) -> Result<()> {
         drop(self.guard.lock().take());
@@ -312,6 +396,10 @@ impl Backend for Qemu {
         let left = self.shared.sessions.lock().clone();
         for session in left {
             result = result.and(session.end(&self.shared));
+        }
+        let left = self.shared.pushes.lock().clone();
+        for push in left {
+            result = result.and(push.abort(&self.shared));
         }
         if let Some(daemon) = self.daemon.lock().take() {
             result = result.and(daemon.quit(&self.shared.link, self.shared.places.timeout));

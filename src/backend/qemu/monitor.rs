@@ -159,7 +159,61 @@ impl Monitor {
         Ok(outcome)
     }
 
-    /// Ends a job and waits until nothing is left of it.
+    /// Ends a job of either sort, whatever its state: one that stays when it is over, and one that
+    /// goes by itself.
+    pub(super) fn job_end(&self, id: &str) -> Result<()> {
+        let mark = self.client.mark();
+        if self.job_cancel_or_dismiss(id)? {
+            return Ok(());
+        }
+        let status = |event: &qmp::Event| match event.data["status"].as_str() {
+            Some("concluded") => Some(true),
+            Some("null") => Some(false),
+            _ => None,
+        };
+        let stays = self.client.wait_event(mark, self.timeout, |event| {
+            let ours = event.name == "JOB_STATUS_CHANGE" && event.data["id"] == id;
+            ours.then(|| status(event)).flatten()
+        });
+        stays.map_err(error)?;
+        // One that goes by itself may have gone since.
+        let dismissed = self.execute(&qapi::job_dismiss { id: id.to_owned() });
+        removed(dismissed).map(drop)
+    }
+
+    /// Whether nothing is left to wait for.
+    fn job_cancel_or_dismiss(&self, id: &str) -> Result<bool> {
+        match self.execute(&qapi::job_cancel { id: id.to_owned() }) {
+            Ok(_) => Ok(false),
+            Err(e) if e.kind() == Kind::NotFound => Ok(true),
+            Err(e) if e.message().contains("in state 'concluded'") => {
+                removed(self.execute(&qapi::job_dismiss { id: id.to_owned() })).map(|_| true)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(super) fn job_pause(&self, id: &str) -> Result<()> {
+        // "Job already paused" is as it should be.
+        match self.execute(&qapi::job_pause { id: id.to_owned() }) {
+            Err(e) if e.message().contains("already paused") => Ok(()),
+            outcome => outcome.map(drop),
+        }
+    }
+
+    pub(super) fn job_resume(&self, id: &str) -> Result<()> {
+        match self.execute(&qapi::job_resume { id: id.to_owned() }) {
+            Err(e) if e.message().contains("not paused") => Ok(()),
+            outcome => outcome.map(drop),
+        }
+    }
+
+    /// Bytes a second; 0 is no limit.
+    pub(super) fn job_speed(&self, id: &str, speed: u64) -> Result<()> {
+        self.done("block-job-set-speed", json!({"device": id, "speed": speed}))
+    }
+
+    /// Ends a job that goes by itself when it is over, and waits until nothing is left of it.
     pub(super) fn job_cancel(&self, id: &str) -> Result<Removed> {
         let mark = self.client.mark();
         let outcome = removed(self.execute(&qapi::job_cancel { id: id.to_owned() }))?;
@@ -253,9 +307,20 @@ impl Monitor {
 pub(super) struct Job {
     pub(super) id: String,
     #[serde(default)]
-    status: String,
+    pub(super) status: String,
+    #[serde(default, rename = "current-progress")]
+    pub(super) done: u64,
+    #[serde(default, rename = "total-progress")]
+    pub(super) total: u64,
     #[serde(default)]
     error: Option<String>,
+}
+
+impl Job {
+    /// Why it failed, once it has.
+    pub(super) fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
 }
 
 /// An entry of `query-block-exports`.
@@ -283,7 +348,7 @@ fn removed<T>(outcome: Result<T>) -> Result<Removed> {
 }
 
 /// A refusal of QEMU, by its text: the classes do not tell.
-fn refused(command: &str, text: &str) -> Error {
+pub(super) fn refused(command: &str, text: &str) -> Error {
     let has = |part: &str| text.contains(part);
     let kind = if is_gone(text) {
         Kind::NotFound

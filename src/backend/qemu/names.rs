@@ -20,12 +20,12 @@ impl Names {
         }
     }
 
-    /// Node: the scratch file.
+    /// Node: the scratch file, or the file that a push backup writes.
     pub(super) fn file(&self) -> String {
         self.with("file")
     }
 
-    /// Node: the scratch overlay, a qcow2 in the scratch file over the live disk.
+    /// Node: the scratch overlay, a qcow2 in the scratch file; or a push backup's target.
     pub(super) fn overlay(&self) -> String {
         self.with("over")
     }
@@ -60,6 +60,16 @@ impl Names {
         self.with("map")
     }
 
+    /// Export: the frozen disk as NBD clients from outside have it.
+    pub(super) fn public_export(&self) -> String {
+        self.with("pub")
+    }
+
+    /// Bitmap on the live node: what a push backup copies.
+    pub(super) fn bits(&self) -> String {
+        self.with("bits")
+    }
+
     fn with(&self, role: &str) -> String {
         format!("{}{role}", self.stem)
     }
@@ -76,10 +86,10 @@ pub(super) fn plain(text: &str) -> String {
 }
 
 /// Bitmap on the overlay: the frozen copy of what recorded up to the instant.
-pub(super) const TAIL: &str = "tail";
+pub(super) const TAIL: &str = "fleece-tail";
 
 /// Bitmap on the overlay: a union, while a map is made of it.
-pub(super) const UNION: &str = "union";
+pub(super) const UNION: &str = "fleece-union";
 
 #[cfg(test)]
 mod tests {

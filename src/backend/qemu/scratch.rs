@@ -28,26 +28,22 @@ pub(super) struct Scratch {
 impl Scratch {
     /// Makes an empty file that QEMU's user can write.
     pub(super) fn create(dir: &Path, name: &str, uid: u32, gid: u32) -> Result<Self> {
-        let path = dir.join(format!("{PREFIX}{name}"));
-        let failed = |e: std::io::Error| {
-            let kind = match e.kind() {
-                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Kind::NoSpace,
-                _ => Kind::Io,
-            };
-            Error::new(
-                kind,
-                format!("cannot make the scratch file {}: {e}", path.display()),
-            )
-            .hint("choose another directory with -o scratch=DIR")
-        };
-        rundir::make_passable(dir).map_err(failed)?;
+        rundir::make_passable(dir).map_err(|e| unusable(dir, &e))?;
+        Self::create_at(&dir.join(format!("{PREFIX}{name}")), uid, gid)
+    }
+
+    /// Makes it under this path, where nothing may be.
+    pub(super) fn create_at(path: &Path, uid: u32, gid: u32) -> Result<Self> {
         let file = OpenOptions::new()
             .create_new(true)
             .write(true)
             .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
-        let scratch = Self { path, file };
+            .open(path)
+            .map_err(|e| unusable(path, &e))?;
+        let scratch = Self {
+            path: path.to_owned(),
+            file,
+        };
         rundir::give_to(&scratch.path, uid, gid)?;
         Ok(scratch)
     }
@@ -75,6 +71,16 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         self.unlink();
     }
+}
+
+fn unusable(path: &Path, error: &std::io::Error) -> Error {
+    let kind = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Kind::NoSpace,
+        ErrorKind::AlreadyExists => Kind::Exists,
+        _ => Kind::Io,
+    };
+    let what = format!("cannot make scratch space {}: {error}", path.display());
+    Error::new(kind, what).hint("choose another directory with -o scratch=DIR")
 }
 
 /// ENOSPC unless there is room above the reserve.
