@@ -275,7 +275,7 @@ fn checkpoints_listed_described_deleted() {
     let children = run(&["delete", "--children", "tue"]);
     said(
         &children,
-        "deleted thu, but then: checkpoint wed stays: checkpoint wed is in use",
+        "deleted thu, but then: delete checkpoint wed: checkpoint wed is in use: backup thu",
     );
     fs::remove_dir(place.path("mnt/backups/thu")).unwrap();
     assert!(told(&run(&["delete", "--children-only", "mon"])).is_empty());

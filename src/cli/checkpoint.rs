@@ -215,12 +215,9 @@ fn delete(args: &Delete) -> Result<()> {
             true => forget(&mount, name),
             false => remove(&mount, name),
         };
-        removed.map_err(|e| {
-            let e = e.during(format!("checkpoint {name} stays"));
-            match gone.is_empty() {
-                true => e,
-                false => e.during(format!("deleted {}, but then", gone.join(", "))),
-            }
+        removed.map_err(|e| match gone.is_empty() {
+            true => e,
+            false => e.during(format!("deleted {}, but then", gone.join(", "))),
         })?;
         gone.push(name);
     }

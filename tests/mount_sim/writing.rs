@@ -1,7 +1,7 @@
 //! What programs write: documents with cp and a shell, commands, new names. And what they follow.
 
 use super::*;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 
 impl Mount {
@@ -120,6 +120,114 @@ fn following_events_of_nothing() {
         .unwrap();
     thread::sleep(Duration::from_millis(300));
     assert!(tail.try_wait().unwrap().is_none(), "it goes on");
+    tail.kill().unwrap();
+    tail.wait().unwrap();
+}
+
+#[test]
+fn documents_by_cp_and_shell() {
+    let Some(m) = mounted() else { return };
+    m.sh("echo '<domaincheckpoint/>' > c.xml; echo '<domainbackup mode=\"pull\"/>' > b.xml");
+    for (i, command) in [
+        "cp c.xml mnt/checkpoints/$N.xml",
+        "cp -p c.xml mnt/checkpoints/$N.xml",
+        "cp -a c.xml mnt/checkpoints/$N.xml",
+        "cat c.xml > mnt/checkpoints/$N.xml",
+        "cat c.xml >> mnt/checkpoints/$N.xml",
+        "cat > mnt/checkpoints/$N.xml <<EOF\n<domaincheckpoint/>\nEOF",
+        "echo '<domaincheckpoint/>' > mnt/checkpoints/$N.xml",
+        "dd if=c.xml of=mnt/checkpoints/$N.xml bs=3 status=none",
+        "( echo '<domaincheckpoint>'; echo '</domaincheckpoint>' ) > mnt/checkpoints/$N.xml",
+        // Each of these closes what it inherited: the first is told that half a document is none.
+        "set +e; ( /bin/echo '<domaincheckpoint>'; /bin/echo '</domaincheckpoint>' ) > mnt/checkpoints/$N.xml 2> said",
+        "tee mnt/checkpoints/$N.xml < c.xml > /dev/null",
+        "python3 -c 'open(\"mnt/checkpoints/$N.xml\", \"w\").write(open(\"c.xml\").read())'",
+        "rsync --inplace c.xml mnt/checkpoints/$N.xml 2> rsync.txt || cat rsync.txt",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        m.sh(&format!("N=c{i}\n{command}"));
+        assert!(m.path(&format!("checkpoints/c{i}/checkpoint.xml")).exists(), "{command}");
+        assert!(!m.path(&format!("checkpoints/c{i}.xml")).exists(), "{command}");
+    }
+    m.sh("cp b.xml mnt/backups/tue.xml; cat mnt/backups/tue/disk.raw > /dev/null");
+    assert_eq!(m.sh("ls mnt/backups"), "tue\n");
+    // Once it was taken, nothing can be added.
+    let mut file = File::create(m.path("backups/wed.xml")).unwrap();
+    file.write_all(b"<domainbackup mode='pull'/>").unwrap();
+    drop(file.try_clone().unwrap());
+    assert!(m.path("backups/wed").exists());
+    assert_eq!(errno(file.write(b" ")), libc::EBUSY);
+    assert_eq!(m.sim.running(), 2);
+}
+
+#[test]
+fn renaming() {
+    let Some(m) = mounted() else { return };
+    m.sh("mkdir mnt/checkpoints/sun mnt/checkpoints/mon mnt/checkpoints/tue");
+    let ino = fs::metadata(m.path("checkpoints/mon")).unwrap().ino();
+    m.sh("cat mnt/checkpoints/*/status > /dev/null; ls -lR mnt/checkpoints > /dev/null");
+    m.sh("mv mnt/checkpoints/mon mnt/checkpoints/friday");
+    assert_eq!(
+        fs::metadata(m.path("checkpoints/friday")).unwrap().ino(),
+        ino
+    );
+    assert_eq!(
+        m.sh("ls mnt/checkpoints; ls mnt/checkpoints/sun/children"),
+        "friday\nsun\ntue\nfriday\n"
+    );
+    assert_eq!(m.sh("readlink mnt/checkpoints/tue/parent"), "../friday\n");
+    assert!(
+        m.sh("cat mnt/checkpoints/friday/checkpoint.xml")
+            .contains("<name>friday</name>")
+    );
+    assert!(
+        m.sh("cat mnt/checkpoints/tue/checkpoint.xml")
+            .contains("<name>friday</name>")
+    );
+    assert!(
+        m.sh("cat mnt/checkpoints/friday/status")
+            .contains("checkpoint: friday\n")
+    );
+    assert!(
+        m.sh("cat mnt/checkpoints/tue/status")
+            .contains("parent: friday\n")
+    );
+    m.sh("rmdir mnt/checkpoints/friday");
+}
+
+#[test]
+fn forgetting() {
+    let Some(m) = mounted() else { return };
+    m.sh("mkdir mnt/checkpoints/mon; ls -lR mnt > /dev/null; echo forget > mnt/checkpoints/mon/control");
+    assert!(!m.path("checkpoints/mon").exists());
+    assert!(
+        m.sim.disk("vda", |d| d.bitmaps.contains_key("mon")),
+        "its bitmaps stay"
+    );
+}
+
+#[test]
+fn events_of_a_backup() {
+    let Some(m) = mounted() else { return };
+    m.sh("mkdir mnt/backups/tue");
+    let mut tail = Command::new("timeout")
+        .args(["20", "tail", "-n", "+1", "-s", "0.1", "-f", "mnt/events"])
+        .current_dir(m.dir.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    thread::sleep(Duration::from_millis(300));
+    m.sh("rmdir mnt/backups/tue");
+    let mut line = String::new();
+    let mut lines = BufReader::new(tail.stdout.take().unwrap());
+    lines.read_line(&mut line).unwrap();
+    assert!(
+        line.contains("\"event\":\"job-completed\",\"job\":1,\"name\":\"tue\",\"mode\":\"pull\""),
+        "{line}"
+    );
+    assert_eq!(m.sh("cat mnt/events"), line);
     tail.kill().unwrap();
     tail.wait().unwrap();
 }

@@ -1,5 +1,4 @@
-//! What can be written: documents, commands, names. The engine under it takes neither yet where a test
-//! says so; then it is the refusal that has to come through.
+//! What can be written: documents, commands, names; and what becomes of them.
 
 use super::*;
 use fleecefs::vfs::Created;
@@ -8,6 +7,15 @@ impl Fixture {
     fn create(&self, path: &str) -> Result<Created> {
         let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
         self.vfs.create(self.ino(dir), OsStr::new(name))
+    }
+
+    /// Creates, writes and closes: what `cp` does.
+    fn put(&self, path: &str, text: &str) -> Result<()> {
+        let handle = self.create(path)?.opened.handle;
+        self.vfs.write(handle, 0, text.as_bytes())?;
+        let closed = self.flush(handle);
+        self.release(handle);
+        closed
     }
 
     /// What `echo text > path` does.
@@ -227,4 +235,245 @@ fn events_are_an_empty_file_at_first() {
     assert_eq!(f.bytes(opened.handle), b"");
     let found = f.find("events").unwrap();
     assert_eq!((found.attr.size, found.attr_ttl), (0, Duration::ZERO));
+}
+
+const FULL: &str = "<domainbackup><disks><disk name='vda' type='file'><target file='/t/vda.qcow2'/>\
+                    <driver type='qcow2'/></disk><disk name='vdb' backup='no'/></disks></domainbackup>";
+
+#[test]
+fn documents_that_are_done() {
+    let f = fixture();
+    f.put(
+        "checkpoints/mon.xml",
+        "<domaincheckpoint><description>a b</description></domaincheckpoint>",
+    )
+    .unwrap();
+    assert_eq!(f.names("checkpoints"), ["mon"]);
+    assert!(
+        f.cat("checkpoints/mon/checkpoint.xml")
+            .contains("<description>a b</description>")
+    );
+    let created = f.create("backups/tue.xml").unwrap();
+    let handle = created.opened.handle;
+    f.vfs
+        .write(handle, 0, b"<domainbackup mode='pull'>")
+        .unwrap();
+    assert_eq!(kind(f.flush(handle)), Kind::Invalid, "half of it");
+    f.vfs.write(handle, 26, b"</domainbackup>").unwrap();
+    assert_eq!(
+        f.calls(|| f.flush(handle).unwrap())
+            .iter()
+            .filter(|c| *c == "begin")
+            .count(),
+        1
+    );
+    assert_eq!(f.calls(|| f.flush(handle).unwrap()), [""; 0], "once");
+    assert_eq!(f.names("backups"), ["tue"]);
+    assert_eq!(kind(f.find("backups/tue.xml")), Kind::NotFound);
+    assert_eq!(
+        f.getattr(created.found.attr.ino).unwrap().0.size,
+        41,
+        "open still"
+    );
+    assert_eq!(kind(f.vfs.write(handle, 41, b"\n")), Kind::Busy);
+    assert!(
+        last_error(&f).contains("write backups/tue.xml: tue.xml was closed, and what it says was")
+    );
+    f.release(handle);
+    f.rmdir("backups/tue").unwrap();
+}
+
+#[test]
+fn why_a_document_is_refused() {
+    let f = fixture();
+    for (path, text, expected, says) in [
+        (
+            "backups/a.xml",
+            "<domainbackup>\n<x/></domainbackup>",
+            Kind::Invalid,
+            "line 2",
+        ),
+        ("backups/b.xml", "<domainbackup", Kind::Invalid, "line 1"),
+        (
+            "backups/c.xml",
+            "<domainbackup mode='pull'><disks>\n<disk name='vdz'/></disks></domainbackup>",
+            Kind::Invalid,
+            "vdz",
+        ),
+        (
+            "checkpoints/d.xml",
+            "<domaincheckpoint>\n<name>e</name></domaincheckpoint>",
+            Kind::Invalid,
+            "line 2",
+        ),
+    ] {
+        assert_eq!(kind(f.put(path, text)), expected, "{path}");
+        let last = last_error(&f);
+        assert!(
+            last.contains(&format!("close {path}: ")) && last.contains(says),
+            "{last}"
+        );
+    }
+    assert_eq!(
+        (f.names("backups").len(), f.names("checkpoints").len()),
+        (0, 0)
+    );
+    assert_eq!(f.sim.running(), 0);
+}
+
+#[test]
+fn a_push_backup() {
+    let f = fixture();
+    f.put("backups/tue.xml", FULL).unwrap();
+    assert_eq!(
+        f.names("backups/tue"),
+        [
+            "backup.xml",
+            "checkpoint.xml",
+            "domain.xml",
+            "status",
+            "control"
+        ]
+    );
+    assert_eq!(
+        (f.stat("backups").nlink, f.stat("backups/tue").nlink),
+        (3, 2)
+    );
+    let xml = f.cat("backups/tue/backup.xml");
+    assert!(
+        xml.contains("mode=\"push\"") && xml.contains("<target file=\"/t/vda.qcow2\"/>"),
+        "{xml}"
+    );
+    assert!(
+        f.cat("backups/tue/checkpoint.xml")
+            .contains("<name>tue</name>")
+    );
+    // Its status asks, so it is no work for an event loop; its size is not worth a question.
+    let status = f.ino("backups/tue/status");
+    assert!(f.asks(status, Ask::Open) && !f.asks(status, Ask::Attributes));
+    let text = f.cat("backups/tue/status");
+    for line in [
+        "state: running",
+        "mode: push",
+        "job: 1",
+        "base: none",
+        "checkpoint: tue",
+        "total: 66536",
+        "done: 0",
+        "  vda:",
+        "    state: running",
+        "    target: /t/vda.qcow2",
+        "    format: qcow2",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} in\n{text}");
+    }
+    assert_eq!(f.stat("backups/tue/status").size as usize, text.len());
+    assert!(f.cat("status").contains("backups: 1\n"));
+    assert_eq!(
+        f.cat("backups/tue/control"),
+        "abort\npause\nresume\nspeed SIZE\n"
+    );
+    for command in ["pause\n", "speed 50M\n", "speed 0\n"] {
+        f.echo("backups/tue/control", command).unwrap();
+    }
+    assert!(f.cat("backups/tue/status").starts_with("state: paused\n"));
+    f.echo("backups/tue/control", "resume\n").unwrap();
+    assert_eq!(kind(f.rmdir("backups/tue")), Kind::Busy);
+    assert!(
+        last_error(&f).contains("echo abort > backups/tue/control"),
+        "{}",
+        last_error(&f)
+    );
+    f.sim.finish_pushes(None);
+    assert!(
+        f.cat("backups/tue/status")
+            .starts_with("state: completed\n")
+    );
+    let events = f.cat("events");
+    assert!(
+        events.ends_with("\"name\":\"tue\",\"mode\":\"push\",\"outcome\":\"completed\"}\n"),
+        "{events}"
+    );
+    assert_eq!(f.stat("events").size as usize, events.len());
+    f.rmdir("backups/tue").unwrap();
+    assert_eq!(f.cat("events"), events, "told once");
+}
+
+#[test]
+fn a_push_backup_that_is_broken_off() {
+    let f = fixture();
+    f.put("backups/tue.xml", FULL).unwrap();
+    f.echo("backups/tue/control", "abort\n").unwrap();
+    assert!(f.cat("backups/tue/status").starts_with("state: aborted\n"));
+    assert!(f.cat("events").contains("\"outcome\":\"aborted\""));
+    f.rmdir("backups/tue").unwrap();
+    assert_eq!(f.sim.running(), 0);
+}
+
+#[test]
+fn what_a_pull_backup_is_told() {
+    let f = fixture();
+    f.mkdir("backups/tue").unwrap();
+    for command in ["pause", "resume", "speed 1M"] {
+        f.echo("backups/tue/control", command).unwrap_err();
+        assert!(
+            last_error(&f).contains("write backups/tue/control: "),
+            "{}",
+            last_error(&f)
+        );
+    }
+    f.echo("backups/tue/control", "abort").unwrap();
+    assert!(!f.cat("backups/tue/status").starts_with("state: running\n"));
+    f.rmdir("backups/tue").unwrap();
+}
+
+#[test]
+fn another_name() {
+    let f = fixture();
+    for name in ["sun", "mon", "tue"] {
+        f.mkdir(&format!("checkpoints/{name}")).unwrap();
+    }
+    let ino = f.ino("checkpoints/mon");
+    for path in ["checkpoints/mon/status", "checkpoints/tue/status"] {
+        f.cat(path);
+    }
+    f.mv("checkpoints/mon", "checkpoints/friday").unwrap();
+    assert_eq!(f.ino("checkpoints/friday"), ino);
+    assert_eq!(kind(f.find("checkpoints/mon")), Kind::NotFound);
+    assert_eq!(
+        f.readlink(f.ino("checkpoints/tue/parent")).unwrap(),
+        "../friday"
+    );
+    assert_eq!(f.names("checkpoints/sun/children"), ["friday"]);
+    assert!(
+        f.cat("checkpoints/friday/checkpoint.xml")
+            .contains("<name>friday</name>")
+    );
+    assert!(
+        f.cat("checkpoints/tue/checkpoint.xml")
+            .contains("<name>friday</name>")
+    );
+    assert!(
+        f.cat("checkpoints/friday/status")
+            .starts_with("checkpoint: friday\n")
+    );
+    assert!(f.cat("checkpoints/tue/status").contains("parent: friday\n"));
+    // Believed for no time under either name.
+    assert_eq!(
+        f.find("checkpoints/friday").unwrap().name_ttl,
+        Duration::ZERO
+    );
+}
+
+#[test]
+fn forgotten() {
+    let f = fixture();
+    f.mkdir("checkpoints/mon").unwrap();
+    f.cat("checkpoints/mon/status");
+    f.echo("checkpoints/mon/control", "forget\n").unwrap();
+    assert_eq!(f.names("checkpoints"), [""; 0]);
+    assert!(
+        f.sim.disk("vda", |d| d.bitmaps.contains_key("mon")),
+        "its bitmaps stay"
+    );
 }
