@@ -3,6 +3,7 @@
 pub mod bmap;
 pub mod coarse;
 pub mod json;
+pub mod manifest;
 pub mod map;
 pub mod qcow2;
 pub mod raw;
