@@ -23,7 +23,7 @@ pub mod upstream;
 
 pub use console::Console;
 pub use fault::{Fault, QmpFault};
-pub use model::{Disk, Marks, Rng, Write};
+pub use model::{Disk, Marks, Rng, Write, parse_map};
 pub use mount::Fleecefs;
 pub use qemu::{Qemu, State};
 pub use qmp::Qmp;
