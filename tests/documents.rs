@@ -333,6 +333,10 @@ fn a_push_is_steered_by_files_and_tidied_after_a_kill() {
     let home = mount.sigkill();
     let mount = Fleecefs::qmp(&f.qemu.socket()).home(home).mount();
     assert!(mount.list("backups").is_empty());
+    assert!(
+        !other.exists() && copy.exists(),
+        "the unfinished one is gone"
+    );
     assert_eq!(mount.list("checkpoints"), ["mon", "tue", "wed"]);
     for checkpoint in ["tue", "wed"] {
         mount.rmdir(&format!("checkpoints/{checkpoint}")).unwrap();
