@@ -63,7 +63,7 @@ Examples:
   fleecefs checkpoint delete mon /mnt/vm          the same as rmdir /mnt/vm/checkpoints/mon
   fleecefs checkpoint delete --children mon /mnt/vm")]
     Delete(Delete),
-    /// Print a checkpoint's <domaincheckpoint>
+    /// Print the document that describes a checkpoint
     #[command(after_help = "\
 Example, to have a checkpoint again where its record was lost:
   fleecefs checkpoint dump mon /mnt/vm > mon.xml

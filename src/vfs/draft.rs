@@ -133,10 +133,14 @@ impl Draft {
                 format!("{name} was closed, and what it says was done: nothing can be added"),
             ));
         }
-        change(&mut text.bytes)?;
-        text.stage = Stage::Written;
+        let changed = change(&mut text.bytes);
         text.changed = SystemTime::now();
-        Ok(())
+        text.stage = match &changed {
+            Ok(()) => Stage::Written,
+            // What there is of it is not what was meant.
+            Err(error) => Stage::Refused(error.clone()),
+        };
+        changed
     }
 
     /// Has `act` do what the document says, unless that was tried already: then the same outcome
@@ -386,6 +390,11 @@ mod tests {
         }
         assert_eq!(draft.truncate(u64::MAX).unwrap_err().kind(), Kind::TooLarge);
         assert_eq!(draft.extent().0, MAX_BYTES);
+        assert_eq!(
+            close(&draft),
+            (vec![], Some(Kind::TooLarge)),
+            "not a part of it"
+        );
     }
 
     #[test]

@@ -84,6 +84,12 @@ fn a_document_while_it_is_written() {
     // Too long.
     assert_eq!(kind(f.vfs.write(handle, 1 << 20, b"x")), Kind::TooLarge);
     assert!(last_error(&f).contains("write backups/tue.xml: a document may have 1048576 bytes"));
+    assert_eq!(
+        kind(f.flush(handle)),
+        Kind::TooLarge,
+        "and no part of it is done"
+    );
+    f.setattr(ino, Some(0)).unwrap();
     // Nothing was written when it goes: nothing is done.
     assert_eq!(
         f.calls(|| {
