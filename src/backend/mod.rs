@@ -9,12 +9,15 @@ use crate::model::{
     JobState, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
 };
 
+mod over_nbd;
 mod qemu;
+mod rundir;
+mod scratch;
 pub mod sim;
 mod source;
 mod storage_daemon;
 
-pub use qemu::make_passable;
+pub use rundir::make_passable;
 pub use source::{Places, Source};
 
 /// A domain whose disks can be marked and frozen.

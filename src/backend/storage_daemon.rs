@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::qemu::{self, Link, Qemu, Roots, RunDir};
+use super::qemu::{self, Link, Qemu, Roots};
+use super::rundir::{self, RunDir};
 use super::source::Places;
 use crate::model::{DomainInfo, Error, Kind, Result};
 
@@ -296,13 +297,13 @@ impl Drop for Daemon {
 /// The daemon of a fleecefs that was killed may still be saving its bitmaps, and holds the images
 /// until it has. One that has closed them and is still there hangs as [`Daemon::quit`] says.
 fn wait_for_the_dead(images: &[Image], places: &Places) {
-    for dir in qemu::dead(&places.runtime) {
-        let Some(pid) = qemu::noted_pid(&dir, "daemon.pid") else {
+    for dir in rundir::dead(&places.runtime) {
+        let Some(pid) = rundir::noted_pid(&dir, "daemon.pid") else {
             continue;
         };
         let command = format!("/proc/{pid}/comm");
         let is_daemon = || {
-            qemu::is_running(pid)
+            rundir::is_running(pid)
                 && fs::read_to_string(&command).is_ok_and(|c| PROGRAM.starts_with(c.trim()))
         };
         let wait_while = |condition: &dyn Fn() -> bool, timeout| {

@@ -21,12 +21,14 @@ mod domain;
 mod error;
 mod fields;
 mod lexical;
+mod libvirt;
 mod tree;
 
 pub use backup::{BackupDocument, BackupDocumentDisk, BackupMode, Server};
 pub use checkpoint::{CheckpointDocument, CheckpointDocumentDisk, DocumentBitmap, DomainReference};
 pub use domain::domain;
 pub use error::{At, Error, Place};
+pub use libvirt::{LiveBackup, LiveDisk, LiveDomain};
 pub use tree::MAX_BYTES;
 
 use std::borrow::Cow;

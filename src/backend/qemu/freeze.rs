@@ -36,9 +36,9 @@ use super::frozen::{QemuDisk, QemuFrozen};
 use super::monitor::Monitor;
 use super::names::{Names, TAIL};
 use super::quirks::Access;
-use super::scratch::{self, Scratch};
 use super::{Shared, action, server};
 use crate::backend::FrozenDisk;
+use crate::backend::scratch::{self, Scratch};
 use crate::model::{
     BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
 };

@@ -9,12 +9,10 @@ use super::Shared;
 use super::freeze::{Part, Session, endpoint};
 use super::names::{TAIL, UNION};
 use super::quirks::{self, Access};
+use crate::backend::over_nbd::{CONNECTIONS, allocation, error, surely};
 use crate::backend::{Frozen, FrozenDisk};
 use crate::model::{Allocation, Error, Extents, Kind, Result};
 use crate::nbd;
-
-/// Data connections of one disk: as many readers can wait for it at once.
-const CONNECTIONS: usize = 8;
 
 pub(super) struct QemuFrozen {
     shared: Arc<Shared>,
@@ -166,16 +164,13 @@ impl FrozenDisk for QemuDisk {
         let names = &self.part().names;
         let ask = |export: &str| {
             let map = self.status(export, nbd::BASE_ALLOCATION)?;
-            Ok(map.map(|flags| Allocation {
-                hole: flags & nbd::STATE_HOLE != 0,
-                zero: flags & nbd::STATE_ZERO != 0,
-            }))
+            Ok(map.map(allocation))
         };
         match self.access {
             Access::Sound => ask(&names.export()),
             Access::Clusterwise => self.with_export(&names.overlay(), &[], |export| {
                 let first = ask(export)?;
-                Ok(first.zip(&ask(export)?, quirks::surely))
+                Ok(first.zip(&ask(export)?, surely))
             }),
         }
     }
@@ -215,14 +210,4 @@ impl FrozenDisk for QemuDisk {
     fn bytes_pulled(&self) -> u64 {
         self.pool.bytes_read()
     }
-}
-
-/// A failed NBD operation, for users.
-fn error(error: nbd::Error) -> Error {
-    let kind = match error.fault {
-        nbd::Fault::Timeout => Kind::TimedOut,
-        nbd::Fault::Closed => Kind::NotConnected,
-        _ => Kind::Io,
-    };
-    Error::new(kind, error.to_string())
 }

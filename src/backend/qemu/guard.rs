@@ -11,10 +11,11 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::Shared;
 use super::freeze::Session;
 use super::names::PREFIX;
-use super::{Shared, scratch};
 use crate::backend::Notice;
+use crate::backend::scratch;
 use crate::model::{Error, Kind};
 use crate::qmp;
 

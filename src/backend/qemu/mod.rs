@@ -25,9 +25,10 @@ use self::monitor::Monitor;
 use self::names::PREFIX;
 use self::push::PushSession;
 use self::server::Server;
+use super::rundir::{self, RunDir};
 use super::source::Places;
 use super::storage_daemon::Daemon;
-use super::{Backend, Frozen, Listener, Notice, Pushing};
+use super::{Backend, Frozen, Listener, Notice, Pushing, scratch};
 use crate::model::{
     BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, PushPlan,
     RemoveBitmap, RenameBitmap, Result,
@@ -43,12 +44,7 @@ mod monitor;
 mod names;
 mod push;
 mod quirks;
-mod rundir;
-mod scratch;
 mod server;
-
-pub use self::rundir::make_passable;
-pub(super) use self::rundir::{RunDir, dead, is_running, noted_pid};
 
 /// A domain behind a monitor.
 pub struct Qemu {

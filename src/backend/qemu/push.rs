@@ -27,7 +27,8 @@ use serde_json::{Value, json};
 
 use super::monitor::{Job, Monitor};
 use super::names::Names;
-use super::{Shared, action, rundir};
+use super::{Shared, action};
+use crate::backend::rundir;
 use crate::backend::{Notice, Progress, Pushing};
 use crate::model::{
     Control, CopyDisk, Error, Format, Image, JobId, JobState, Kind, NewCheckpoint, Outcome,

@@ -8,13 +8,8 @@
 //! within one cluster is answered right, whatever its state; `tests/live.rs` shows both.
 //!
 //! So such a QEMU is asked to read within one cluster at a time, and where zeros are is asked of the
-//! overlay. The overlay's answer has a race of its own: a cluster may be copied and then zeroed on
-//! the live disk between the look at the overlay and the look at what lies beneath. Asking twice
-//! settles it. If the first answer was overtaken, the cluster had been copied when the second was
-//! asked for, and of a copied cluster the overlay tells the truth; so what is zero in both answers
-//! is zero.
+//! overlay, twice: see [`surely`](crate::backend::over_nbd::surely).
 
-use crate::model::Allocation;
 use crate::qmp::Version;
 
 /// How to read from a QEMU.
@@ -55,14 +50,6 @@ pub(super) fn clusters(offset: u64, length: u64) -> impl Iterator<Item = (u64, u
         at = ((start / CLUSTER + 1) * CLUSTER).min(end);
         Some((start, (at - start) as usize))
     })
-}
-
-/// What two answers about one place say for sure.
-pub(super) fn surely(first: Allocation, second: Allocation) -> Allocation {
-    Allocation {
-        hole: first.hole && second.hole,
-        zero: first.zero && second.zero,
-    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use parking_lot::Mutex;
 
 use super::monitor::Monitor;
-use super::rundir::RunDir;
+use crate::backend::rundir::RunDir;
 use crate::model::{Kind, Result};
 
 #[derive(Default)]

@@ -1,0 +1,246 @@
+//! The way to a domain: a connection that is opened again when libvirt was restarted, and calls that
+//! end when their time is up.
+//!
+//! libvirt's calls block, without a deadline of their own: a state lock that someone else holds is
+//! waited for 30 s, a QEMU that hangs for ever. So each call has a thread, which is left behind when
+//! the deadline passes; what it then still achieves is undone. While one is left behind all others
+//! are refused at once: they would only queue up behind it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
+use parking_lot::Mutex;
+use virt_sys as sys;
+
+use super::ffi::{self, Connection, Domain, Fault};
+use crate::model::{Error, Kind, Result};
+
+/// A way to a domain.
+#[derive(Clone)]
+pub(super) struct Link {
+    shared: Arc<Shared>,
+    timeout: Duration,
+}
+
+struct Shared {
+    uri: String,
+    /// How the domain is found: its name first, its UUID from then on.
+    id: Id,
+    connection: Mutex<Option<Arc<Connection>>>,
+    /// Calls whose deadline has passed.
+    overdue: AtomicUsize,
+}
+
+enum Id {
+    Name(String),
+    Uuid(String),
+}
+
+impl Link {
+    pub(super) fn by_name(uri: &str, name: &str, timeout: Duration) -> Self {
+        Self::new(uri, Id::Name(name.to_owned()), timeout)
+    }
+
+    pub(super) fn by_uuid(uri: &str, uuid: &str, timeout: Duration) -> Self {
+        Self::new(uri, Id::Uuid(uuid.to_owned()), timeout)
+    }
+
+    fn new(uri: &str, id: Id, timeout: Duration) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                uri: uri.to_owned(),
+                id,
+                connection: Mutex::default(),
+                overdue: AtomicUsize::new(0),
+            }),
+            timeout,
+        }
+    }
+
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Does `work` with the domain. `what` goes into the sentence about a failure.
+    pub(super) fn call<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&Domain) -> ffi::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.call_or_undo(what, work, |_, _| ())
+    }
+
+    /// The same; `undo` is what happens when `work` succeeds after its time was up.
+    pub(super) fn call_or_undo<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&Domain) -> ffi::Result<T> + Send + 'static,
+        undo: impl FnOnce(&Domain, T) + Send + 'static,
+    ) -> Result<T> {
+        let late = || {
+            Error::new(
+                Kind::TimedOut,
+                format!(
+                    "{what}: libvirt did not answer within {} s",
+                    self.timeout.as_secs()
+                ),
+            )
+            .hint("is libvirtd well, and the domain? virsh domjobinfo shows who holds it")
+        };
+        if self.shared.overdue.load(Ordering::Acquire) > 0 {
+            return Err(late());
+        }
+        let (answer, answered) = bounded(1);
+        // Who comes first: the answer, or the end of the waiting.
+        let decided = Arc::new(AtomicBool::new(false));
+        let shared = Arc::clone(&self.shared);
+        let first = Arc::clone(&decided);
+        let thread = move || {
+            let domain = shared.domain();
+            let outcome = match &domain {
+                Ok(domain) => work(domain).map_err(|fault| shared.explain(&fault)),
+                Err(fault) => Err(shared.explain(fault)),
+            };
+            if !first.swap(true, Ordering::AcqRel) {
+                // Somebody waits; a channel of one holds the answer.
+                let _ = answer.send(outcome);
+                return;
+            }
+            if let (Ok(domain), Ok(value)) = (&domain, outcome) {
+                log::warn!("{what}: libvirt answered too late; it is undone");
+                undo(domain, value);
+            }
+            shared.overdue.fetch_sub(1, Ordering::AcqRel);
+        };
+        let spawned = std::thread::Builder::new()
+            .name("libvirt".to_owned())
+            .spawn(thread);
+        spawned.map_err(|e| Error::new(Kind::Io, format!("{what}: no thread for it: {e}")))?;
+        match answered.recv_timeout(self.timeout) {
+            Ok(outcome) => outcome.map_err(|e| e.during(what)),
+            Err(_) => {
+                // Counted first: the thread takes it back only if it finds itself late.
+                self.shared.overdue.fetch_add(1, Ordering::AcqRel);
+                if !decided.swap(true, Ordering::AcqRel) {
+                    return Err(late());
+                }
+                self.shared.overdue.fetch_sub(1, Ordering::AcqRel);
+                let outcome = answered.recv().unwrap_or_else(|_| Err(late()));
+                outcome.map_err(|e| e.during(what))
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// The domain, over a connection that works: one that broke is opened again.
+    fn domain(&self) -> ffi::Result<Domain> {
+        let connection = self.connect()?;
+        match self.look_up(&connection) {
+            Err(_) if !connection.is_alive() => {
+                self.drop_broken();
+                self.look_up(&*self.connect()?)
+            }
+            found => found,
+        }
+    }
+
+    fn connect(&self) -> ffi::Result<Arc<Connection>> {
+        let mut slot = self.connection.lock();
+        if let Some(connection) = &*slot {
+            return Ok(Arc::clone(connection));
+        }
+        let connection = Arc::new(Connection::open(&self.uri).map_err(|fault| {
+            let message = format!("cannot connect to {}: {}", self.uri, fault.message);
+            Fault::new(unreachable(fault.code), message)
+        })?);
+        *slot = Some(Arc::clone(&connection));
+        Ok(connection)
+    }
+
+    fn look_up(&self, connection: &Connection) -> ffi::Result<Domain> {
+        match &self.id {
+            Id::Name(name) => connection.domain_by_name(name),
+            Id::Uuid(uuid) => connection.domain_by_uuid(uuid),
+        }
+    }
+
+    fn drop_broken(&self) {
+        let mut slot = self.connection.lock();
+        if slot.as_ref().is_some_and(|c| !c.is_alive()) {
+            *slot = None;
+        }
+    }
+
+    /// A refusal in our terms.
+    fn explain(&self, fault: &Fault) -> Error {
+        let broken = {
+            let slot = self.connection.lock();
+            slot.as_ref().is_some_and(|c| !c.is_alive())
+        };
+        if broken {
+            self.drop_broken();
+            return Error::new(
+                Kind::NotConnected,
+                format!("the connection to libvirt broke: {}", fault.message),
+            )
+            .hint("if libvirtd was restarted, try again");
+        }
+        explain(fault)
+    }
+}
+
+/// The code of a connection that could not be made, where that is not a matter of rights.
+fn unreachable(code: sys::virErrorNumber) -> sys::virErrorNumber {
+    match code {
+        sys::VIR_ERR_AUTH_FAILED
+        | sys::VIR_ERR_AUTH_CANCELLED
+        | sys::VIR_ERR_AUTH_UNAVAILABLE
+        | sys::VIR_ERR_ACCESS_DENIED => code,
+        _ => sys::VIR_ERR_NO_CONNECT,
+    }
+}
+
+/// What libvirt said, as a refusal. Its codes tell more than its words, which are kept.
+pub(super) fn explain(fault: &Fault) -> Error {
+    let message = fault.message.clone();
+    let error = |kind| Error::new(kind, message.clone());
+    match fault.code {
+        sys::VIR_ERR_NO_CONNECT => {
+            error(Kind::NotConnected).hint("is libvirtd running, and -o uri= right?")
+        }
+        sys::VIR_ERR_NO_DOMAIN => error(Kind::NotConnected).hint("virsh list --all shows domains"),
+        sys::VIR_ERR_OPERATION_INVALID if message.contains("not running") => {
+            error(Kind::NotConnected).hint("start it: virsh start")
+        }
+        sys::VIR_ERR_OPERATION_INVALID | sys::VIR_ERR_RESOURCE_BUSY => error(Kind::Busy),
+        sys::VIR_ERR_OPERATION_TIMEOUT if message.contains("state change lock") => {
+            error(Kind::Busy).hint("wait for the other job; virsh domjobinfo shows it")
+        }
+        sys::VIR_ERR_OPERATION_TIMEOUT => error(Kind::TimedOut),
+        sys::VIR_ERR_NO_SUPPORT
+        | sys::VIR_ERR_CONFIG_UNSUPPORTED
+        | sys::VIR_ERR_ARGUMENT_UNSUPPORTED
+        | sys::VIR_ERR_OPERATION_UNSUPPORTED => error(Kind::Unsupported),
+        sys::VIR_ERR_NO_DOMAIN_CHECKPOINT | sys::VIR_ERR_NO_DOMAIN_BACKUP => error(Kind::NotFound),
+        sys::VIR_ERR_CHECKPOINT_INCONSISTENT => {
+            error(Kind::Stale).hint("delete the checkpoint, and take a full backup")
+        }
+        sys::VIR_ERR_AUTH_FAILED
+        | sys::VIR_ERR_AUTH_CANCELLED
+        | sys::VIR_ERR_AUTH_UNAVAILABLE
+        | sys::VIR_ERR_ACCESS_DENIED => {
+            error(Kind::NotPermitted).hint("run fleecefs as root, or as a user of group libvirt")
+        }
+        sys::VIR_ERR_INVALID_ARG
+        | sys::VIR_ERR_XML_ERROR
+        | sys::VIR_ERR_XML_DETAIL
+        | sys::VIR_ERR_XML_INVALID_SCHEMA => error(Kind::Invalid),
+        _ if message.contains("NBD server already running") => {
+            error(Kind::Busy).hint("somebody runs an NBD server in this QEMU; stop it first")
+        }
+        _ => error(Kind::Io),
+    }
+}

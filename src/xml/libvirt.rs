@@ -1,0 +1,155 @@
+//! What libvirt answers: taken from its documents is what is needed here, and all else passes by,
+//! since every release of libvirt adds to them.
+
+use super::error::Error;
+use super::tree::{self, Element};
+use crate::model::Mode;
+
+/// What is needed of a `<domain>` that libvirt describes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LiveDomain {
+    /// The disks: no CD-ROM, no floppy, nothing read-only, no empty drive.
+    pub disks: Vec<LiveDisk>,
+    /// The user and group as whom QEMU runs, where libvirt says.
+    pub owner: Option<(u32, u32)>,
+}
+
+/// A disk of a [`LiveDomain`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveDisk {
+    /// The disk target.
+    pub target: String,
+    /// The format of its image, in QEMU's words.
+    pub format: String,
+    /// The image, where it is a file or a block device.
+    pub file: Option<String>,
+    /// Several domains may write to it.
+    pub shareable: bool,
+}
+
+impl LiveDomain {
+    /// Reads a `<domain>`.
+    pub fn read(bytes: &[u8]) -> Result<Self, Error> {
+        let source = tree::source(bytes)?;
+        let root = tree::parse(&source)?;
+        let devices = root.children.iter().filter(|c| c.name == "devices");
+        let disks = devices.flat_map(|d| &d.children).filter_map(disk);
+        let labels = root.children.iter().filter(|c| c.name == "seclabel");
+        let dac = labels.filter(|l| attribute(l, "model") == Some("dac"));
+        Ok(Self {
+            disks: disks.collect(),
+            owner: dac.filter_map(|l| child(l, "label")).find_map(owner),
+        })
+    }
+}
+
+/// What a backup that runs in libvirt looks like from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveBackup {
+    /// Who copies.
+    pub mode: Mode,
+    /// The UNIX socket on which a pull backup is served, if that is what it is served on.
+    pub socket: Option<String>,
+}
+
+impl LiveBackup {
+    /// Reads a `<domainbackup>`.
+    pub fn read(bytes: &[u8]) -> Result<Self, Error> {
+        let source = tree::source(bytes)?;
+        let root = tree::parse(&source)?;
+        let server = child(&root, "server");
+        Ok(Self {
+            mode: match attribute(&root, "mode") {
+                Some("pull") => Mode::Pull,
+                _ => Mode::Push,
+            },
+            socket: server
+                .and_then(|s| attribute(s, "socket"))
+                .map(str::to_owned),
+        })
+    }
+}
+
+fn disk(element: &Element<'_>) -> Option<LiveDisk> {
+    let kind = attribute(element, "device").unwrap_or("disk");
+    if element.name != "disk"
+        || !matches!(kind, "disk" | "lun")
+        || child(element, "readonly").is_some()
+    {
+        return None;
+    }
+    let source = child(element, "source")?;
+    let file = attribute(source, "file").or_else(|| attribute(source, "dev"));
+    let driver = child(element, "driver").and_then(|d| attribute(d, "type"));
+    Some(LiveDisk {
+        target: attribute(child(element, "target")?, "dev")?.to_owned(),
+        format: driver.unwrap_or("raw").to_owned(),
+        file: file.map(str::to_owned),
+        shareable: child(element, "shareable").is_some(),
+    })
+}
+
+/// `+64055:+108`, or without the plus signs; names are not looked up.
+fn owner(label: &Element<'_>) -> Option<(u32, u32)> {
+    let (user, group) = label.text.trim().split_once(':')?;
+    let number = |text: &str| text.trim_start_matches('+').parse().ok();
+    Some((number(user)?, number(group)?))
+}
+
+fn child<'a, 'b>(element: &'b Element<'a>, name: &str) -> Option<&'b Element<'a>> {
+    element.children.iter().find(|c| c.name == name)
+}
+
+fn attribute<'a>(element: &'a Element<'_>, name: &str) -> Option<&'a str> {
+    let mut all = element.attributes.iter();
+    all.find(|a| a.name == name).map(|a| a.value.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_that_can_be_written() {
+        let domain = LiveDomain::read(
+            b"<domain type='kvm' id='3'><name>vm</name><novel x='1'/><devices>
+              <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+                <source file='/i/a&amp;b' index='2'/><target dev='vda' bus='virtio'/></disk>
+              <disk type='block'><source dev='/dev/vg/x'/><target dev='sdb'/><shareable/></disk>
+              <disk type='file' device='cdrom'><source file='/x.iso'/><target dev='sda'/></disk>
+              <disk type='file'><source file='/r'/><target dev='vdr'/><readonly/></disk>
+              <disk type='file'><target dev='vdx'/></disk>
+              </devices>
+              <seclabel type='dynamic' model='apparmor'><label>libvirt-x</label></seclabel>
+              <seclabel type='dynamic' model='dac'><label>+64055:+108</label></seclabel></domain>",
+        )
+        .unwrap();
+        let disk = |target: &str, format: &str, file: &str, shareable| LiveDisk {
+            target: target.into(),
+            format: format.into(),
+            file: Some(file.into()),
+            shareable,
+        };
+        assert_eq!(
+            domain.disks,
+            [
+                disk("vda", "qcow2", "/i/a&b", false),
+                disk("sdb", "raw", "/dev/vg/x", true)
+            ]
+        );
+        assert_eq!(domain.owner, Some((64055, 108)));
+    }
+
+    #[test]
+    fn a_running_backup() {
+        let backup = LiveBackup::read(
+            b"<domainbackup mode='pull'><server transport='unix' socket='/s'/>
+              <disks><disk name='vda' index='5'/></disks></domainbackup>",
+        )
+        .unwrap();
+        assert_eq!(backup.mode, Mode::Pull);
+        assert_eq!(backup.socket.as_deref(), Some("/s"));
+        let push = LiveBackup::read(b"<domainbackup/>").unwrap();
+        assert_eq!((push.mode, push.socket), (Mode::Push, None));
+    }
+}
