@@ -5,10 +5,12 @@
 //! does it on all disks at one instant or not at all, and hands out frozen disks.
 
 use crate::model::{
-    Allocation, BackupPlan, CheckpointRemoval, Control, Disk, DomainInfo, Error, Extents, JobId,
-    JobState, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
+    Allocation, BackupPlan, Checkpoint, CheckpointRemoval, Control, Disk, DomainInfo, Error,
+    Extents, JobId, JobState, Name, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
 };
 
+#[cfg(feature = "libvirt")]
+mod libvirt;
 mod over_nbd;
 mod qemu;
 mod rundir;
@@ -48,6 +50,37 @@ pub trait Backend: Send + Sync {
 
     /// Gives bitmaps other names, all at once.
     fn rename_checkpoint(&self, renames: &[RenameBitmap]) -> Result<()>;
+
+    /// The checkpoints, where the domain's own management keeps them: each after its parent, and
+    /// whatever others made of them. None where nobody does: the engine remembers them then, and
+    /// none of the four methods below is called. Asks.
+    fn own_checkpoints(&self) -> Result<Option<Vec<Checkpoint>>> {
+        Ok(None)
+    }
+
+    /// The same as last seen, and a number that is another one whenever they are; None while it still
+    /// is `number`. No I/O.
+    fn seen_checkpoints(&self, number: u64) -> Option<(u64, Vec<Checkpoint>)> {
+        let _ = number;
+        None
+    }
+
+    /// Forgets a checkpoint and leaves its bitmaps.
+    fn forget_checkpoint(&self, name: &Name) -> Result<()> {
+        let _ = name;
+        Ok(())
+    }
+
+    /// Takes up a checkpoint of which only the bitmaps are left; with `validate` they must be sound.
+    fn redefine_checkpoint(&self, again: &Checkpoint, validate: bool) -> Result<()> {
+        let _ = (again, validate);
+        Ok(())
+    }
+
+    /// Why a backup can list the changes since its base only, where that is so. No I/O.
+    fn only_base(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Freezes disks at one instant, in the order of the plan.
     fn begin(&self, plan: &BackupPlan) -> Result<Box<dyn Frozen>>;

@@ -15,6 +15,8 @@ pub enum Source {
     Images(Vec<PathBuf>),
     /// The QMP socket of a running QEMU.
     Qmp(PathBuf),
+    /// A domain of libvirt, by name.
+    Libvirt(String),
 }
 
 /// Where a backend may put things, and how long it waits.
@@ -32,18 +34,26 @@ pub struct Places {
     pub format: Option<String>,
     /// Name of the domain, where the source has none; it also names the state directory.
     pub domain: Option<String>,
+    /// Has the guest's file systems frozen while a backup begins.
+    pub quiesce: bool,
+    /// Where libvirt is.
+    pub uri: String,
     /// Keys of NBD clients from outside, for addresses that have TLS.
     pub tls_psk: Option<PathBuf>,
 }
 
 impl Source {
-    /// Reads the command line's words: `qmp:PATH`, or one or more paths of images.
+    /// Reads the command line's words: `qmp:PATH`, `libvirt:NAME`, or one or more paths of images.
     pub fn parse(words: &[String]) -> Result<Self> {
         let invalid = |message: String| Err(Error::new(Kind::Invalid, message));
         match words {
             [] => invalid("no source given".to_owned()),
             [one] if one.starts_with("qmp:") => Ok(Self::Qmp(PathBuf::from(&one[4..]))),
-            many => match many.iter().find(|w| w.starts_with("qmp:")) {
+            [one] if one.starts_with("libvirt:") => Ok(Self::Libvirt(one[8..].to_owned())),
+            many => match many
+                .iter()
+                .find(|w| w.starts_with("qmp:") || w.starts_with("libvirt:"))
+            {
                 Some(word) => invalid(format!("{word} must be the only source")),
                 None => Ok(Self::Images(many.iter().map(PathBuf::from).collect())),
             },
@@ -55,6 +65,16 @@ impl Source {
         Ok(Arc::new(match self {
             Self::Images(images) => storage_daemon::open(images, places)?,
             Self::Qmp(socket) => Qemu::connect(socket.clone(), places)?,
+            #[cfg(feature = "libvirt")]
+            Self::Libvirt(name) => return super::libvirt::open(name, places),
+            #[cfg(not(feature = "libvirt"))]
+            Self::Libvirt(name) => {
+                return Err(Error::new(
+                    Kind::Unsupported,
+                    format!("this fleecefs was built without libvirt, so {name} cannot be found"),
+                )
+                .hint("build it with --features libvirt"));
+            }
         }))
     }
 }

@@ -158,7 +158,8 @@ pub(super) struct Mount {
     /// Options, see below
     #[arg(short, value_name = "OPT[,OPT...]")]
     pub(super) options: Vec<String>,
-    /// What to mount, and where: disk images of a stopped domain, or qmp:SOCKET of a running one
+    /// What to mount, and where: disk images of a stopped domain,
+    /// qmp:SOCKET of a running one, or libvirt:NAME
     #[arg(required = true, num_args = 2.., value_names = ["SOURCE", "DIR"])]
     pub(super) words: Vec<String>,
     /// Be the daemon: tell on stdout when the mount can be used, or why not.
@@ -179,6 +180,8 @@ const EXAMPLES: &str = "\
 Examples:
   A running QEMU that was started with -qmp unix:/run/vm.fleece,server=on,wait=off:
     fleecefs mount qmp:/run/vm.fleece /mnt/vm
+  A domain of libvirt, running or not:
+    fleecefs mount libvirt:vm /mnt/vm
   A stopped domain, by its images:
     fleecefs mount vda.qcow2 vdb.qcow2 /mnt/vm
   A checkpoint, a backup, a copy of it, what has changed since the checkpoint, and the end:

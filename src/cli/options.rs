@@ -13,7 +13,7 @@ struct Spec {
     help: &'static str,
 }
 
-const TABLE: [Spec; 14] = [
+const TABLE: [Spec; 16] = [
     Spec {
         name: "state",
         value: "DIR",
@@ -74,6 +74,17 @@ const TABLE: [Spec; 14] = [
         help: "name of the domain, where the source has none; it finds its checkpoints again",
     },
     Spec {
+        name: "uri",
+        value: "URI",
+        help: "where libvirt is, for libvirt:NAME (qemu:///system)",
+    },
+    Spec {
+        name: "quiesce",
+        value: "",
+        help: "has the guest's agent freeze the guest's file systems while a backup begins; a freeze \
+               that fails refuses the backup",
+    },
+    Spec {
         name: "tls-psk",
         value: "FILE",
         help: "keys of the NBD clients of a backup whose <server> has tls='yes', in lines of \
@@ -111,6 +122,8 @@ pub(super) struct Options {
     pub(super) backing: String,
     pub(super) format: Option<String>,
     pub(super) domain: Option<String>,
+    pub(super) uri: String,
+    pub(super) quiesce: bool,
     pub(super) tls_psk: Option<PathBuf>,
     pub(super) allow_other: bool,
     pub(super) log: Option<PathBuf>,
@@ -131,6 +144,8 @@ impl Options {
             backing: "{checkpoint}.qcow2".to_owned(),
             format: None,
             domain: None,
+            uri: "qemu:///system".to_owned(),
+            quiesce: false,
             tls_psk: None,
             allow_other: false,
             log: None,
@@ -178,6 +193,8 @@ impl Options {
                 "backing" => options.backing = value.to_owned(),
                 "format" => options.format = Some(value.to_owned()),
                 "domain" => options.domain = Some(value.to_owned()),
+                "uri" => options.uri = value.to_owned(),
+                "quiesce" => options.quiesce = true,
                 "tls-psk" => options.tls_psk = Some(absolute(value)?),
                 "allow_other" => options.allow_other = true,
                 _ => options.log = Some(absolute(value)?),
@@ -201,6 +218,11 @@ impl Options {
             ),
             ("slice-size", self.slice_size.to_string()),
             ("backing", self.backing.clone()),
+            ("uri", self.uri.clone()),
+            (
+                "quiesce",
+                if self.quiesce { "yes" } else { "no" }.to_owned(),
+            ),
             (
                 "allow_other",
                 if self.allow_other { "yes" } else { "no" }.to_owned(),
@@ -353,7 +375,7 @@ mod tests {
         assert_eq!(options.tls_psk.as_deref(), Some(Path::new("/k")));
         assert_eq!(options.granularity, Some(65536));
         assert_eq!(options.slice_size, 1 << 20);
-        assert_eq!(options.in_force().len(), 14);
+        assert_eq!(options.in_force().len(), 16);
     }
 
     #[test]

@@ -192,6 +192,7 @@ fn open(words: &[String], options: &Options) -> Result<Arc<dyn Backend>> {
     let source = match Source::parse(words)? {
         Source::Images(paths) => Source::Images(paths.into_iter().map(absolute).collect()),
         Source::Qmp(path) => Source::Qmp(absolute(path)),
+        Source::Libvirt(name) => Source::Libvirt(name),
     };
     source.open(&Places {
         timeout: options.timeout,
@@ -200,6 +201,8 @@ fn open(words: &[String], options: &Options) -> Result<Arc<dyn Backend>> {
         scratch_limit: options.scratch_limit,
         format: options.format.clone(),
         domain: options.domain.clone(),
+        quiesce: options.quiesce,
+        uri: options.uri.clone(),
         tls_psk: options.tls_psk.clone(),
     })
 }

@@ -136,10 +136,18 @@ impl Domain {
         let mut own_disks = Vec::new();
         for wanted in wanted {
             let disk = disk_of(start.disks, &wanted.disk)?;
-            let own = start.pull_disk(disk, wanted)?;
+            let mut own = start.pull_disk(disk, wanted)?;
+            if self.backend.only_base().is_some() {
+                let base = own.base.as_ref().map(|b| b.id);
+                own.links.retain(|l| Some(l.id) == base);
+            }
             let recording = own.links.last().map(|l| l.bitmap.clone());
             plan.disks.push(FreezeDisk {
                 target: disk.target.clone(),
+                base: recording
+                    .as_ref()
+                    .and(own.base.as_ref())
+                    .map(|b| b.name.clone()),
                 recording,
                 scratch: wanted.scratch.clone(),
                 export: server.map(|_| own.public_export(wanted)).transpose()?,
@@ -154,6 +162,7 @@ impl Domain {
             .filter(|e| own_disks.iter().any(|d| d.knows_since(e.id)))
             .map(|e| since(e))
             .collect();
+        let made = new.is_some();
         let (frozen, begun) = self.at_an_instant(changes, start, new, |new| {
             plan.checkpoint = new.cloned();
             self.backend.begin(&plan)
@@ -165,7 +174,7 @@ impl Domain {
             name: start.name.clone(),
             begun,
             base: common(own_disks.iter().map(|d| d.base.clone())),
-            checkpoint: start.own.clone(),
+            checkpoint: start.own_checkpoint(made.then_some(begun)),
             domain_disks: start.disks.to_vec(),
             since: known,
             disks: own_disks,
@@ -217,6 +226,7 @@ impl Domain {
                 changed,
             });
         }
+        let made = new.is_some();
         let (pushing, begun) = self.at_an_instant(changes, start, new, |new| {
             plan.checkpoint = new.cloned();
             self.backend.push(&plan)
@@ -226,7 +236,7 @@ impl Domain {
             name: start.name.clone(),
             begun,
             base: common(own_disks.iter().map(|d| d.base.clone())),
-            checkpoint: start.own.clone(),
+            checkpoint: start.own_checkpoint(made.then_some(begun)),
             domain_disks: start.disks.to_vec(),
             disks: own_disks,
             pushing,
@@ -243,10 +253,12 @@ impl Domain {
     ) -> Result<(T, SystemTime)> {
         match new {
             Some(new) => {
-                let created = new.created;
+                let (name, planned) = (new.name.clone(), new.created);
                 let made =
                     self.with_new_checkpoint(changes, new, start.disks, |new| work(Some(new)))?;
-                Ok((made, created))
+                let mut known = changes.record.checkpoints.iter();
+                let known = known.find(|c| c.name == name);
+                Ok((made, known.map_or(planned, |c| c.created)))
             }
             None => {
                 // No two instants have the same time, whatever the clock does: stamps depend on it.
@@ -332,6 +344,13 @@ impl Domain {
 }
 
 impl Start<'_> {
+    /// The checkpoint of the backup's name, with the time at which it was made if it was made now.
+    fn own_checkpoint(&self, made: Option<SystemTime>) -> Option<Checkpoint> {
+        let mut own = self.own.clone()?;
+        own.created = made.unwrap_or(own.created);
+        Some(own)
+    }
+
     fn chain(&self, disk: &Disk) -> Chain {
         let all: Vec<&Checkpoint> = self.entries.iter().map(|e| &e.checkpoint).collect();
         Chain::of(disk, &all)

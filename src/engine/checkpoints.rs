@@ -7,7 +7,7 @@ use super::domain::{Changes, CheckpointEntry, Domain};
 use super::history;
 use super::recovery::{forget, rename};
 use super::request::CheckpointRequest;
-use super::store::Pending;
+use super::store::{Pending, Record};
 use crate::model::{
     Checkpoint, CheckpointDisk, CheckpointRemoval, Disk, Error, Kind, Name, NewCheckpoint,
     RenameBitmap, Result,
@@ -61,10 +61,12 @@ impl Domain {
             let disks = self.disks()?;
             let renames = renamed_bitmaps(&entry.checkpoint, to, &disks)?;
 
-            let mut record = changes.record.clone();
-            record.pending = Some(Pending::Rename(from.clone(), to.clone()));
-            self.store.save(&record)?;
-            changes.record = record;
+            let record = changes.record.clone();
+            self.intend(
+                &mut changes,
+                record,
+                Pending::Rename(from.clone(), to.clone()),
+            )?;
             if let Err(e) = self.backend.rename_checkpoint(&renames) {
                 self.settle(&mut changes);
                 return Err(e);
@@ -110,6 +112,10 @@ impl Domain {
         self.lock_changes_for_removal(name, |changes| {
             let place = self.place(changes, name)?;
             self.not_listed(&*self.entry(name)?)?;
+            if self.mirrors {
+                self.backend.forget_checkpoint(name)?;
+                return self.adopt(changes);
+            }
             let mut record = changes.record.clone();
             let covered = record.checkpoints[place].disks.clone();
             for older in record.checkpoints.iter_mut().take(place) {
@@ -152,17 +158,27 @@ impl Domain {
         let removal = history::removal(&all, place, &disks);
         self.not_in_use(&entry, &removal)?;
 
-        record.pending = Some(Pending::Delete(name.clone()));
-        self.store.save(&record)?;
-        changes.record = record;
+        self.intend(changes, record, Pending::Delete(name.clone()))?;
         if let Err(e) = self.backend.delete_checkpoint(&removal) {
             // Whether it happened is looked up at the next change or start if this fails too.
             self.settle(changes);
             return Err(e);
         }
+        if self.mirrors {
+            return self.adopt(changes);
+        }
         forget(&mut changes.record, name);
         self.publish(changes);
         self.save_outcome(&changes.record);
+        Ok(())
+    }
+
+    /// Writes down what is about to be done, for a start after a kill. Where somebody else keeps the
+    /// checkpoints, a look tells what was done.
+    fn intend(&self, changes: &mut Changes, mut record: Record, pending: Pending) -> Result<()> {
+        record.pending = Some(pending).filter(|_| !self.mirrors);
+        self.store.save(&record)?;
+        changes.record = record;
         Ok(())
     }
 
@@ -258,14 +274,16 @@ impl Domain {
         let granularity = self.options.granularity;
         let new = NewCheckpoint {
             name: checkpoint.name.clone(),
+            description: checkpoint.description.clone(),
+            created: checkpoint.created,
             bitmaps: history::new_bitmaps(&checkpoint, disks, &all, granularity),
         };
-        record.pending = Some(Pending::Create(checkpoint.clone()));
-        self.store.save(&record)?;
-        changes.record = record;
+        self.intend(changes, record, Pending::Create(checkpoint.clone()))?;
 
         let outcome = work(&new);
         match &outcome {
+            // It is made, whatever becomes of the look at it.
+            Ok(_) if self.mirrors => self.settle(changes),
             Ok(_) => {
                 changes.record.pending = None;
                 changes.record.last_created = Some(checkpoint.created);

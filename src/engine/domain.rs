@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -12,6 +12,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 use super::backup::Backup;
 use super::hub::Hub;
 use super::job::Job;
+use super::kept::in_order;
 use super::recovery::recover;
 use super::stamps::Tables;
 use super::status::{CheckpointStatus, disk_status};
@@ -71,6 +72,10 @@ pub struct Domain {
     pub(super) state: RwLock<State>,
     pub(super) hub: Arc<Hub>,
     pub(super) tables: Arc<Tables>,
+    /// Somebody else keeps the checkpoints: see `kept`.
+    pub(super) mirrors: bool,
+    /// The number of what was last seen there.
+    pub(super) seen: AtomicU64,
     closed: AtomicBool,
 }
 
@@ -97,7 +102,14 @@ impl Domain {
             next_checkpoint: 0,
             next_job: 0,
         };
-        recover(&*backend, &store, &mut changes.record)?;
+        let kept = backend.own_checkpoints()?;
+        let mirrors = kept.is_some();
+        match kept {
+            Some(kept) => changes.record.checkpoints = in_order(kept),
+            None => recover(&*backend, &store, &mut changes.record)?,
+        }
+        let newest = changes.record.checkpoints.last().map(|c| c.created);
+        changes.record.last_created = changes.record.last_created.max(newest);
         let checkpoints = changes.record.checkpoints.clone();
         let checkpoints = checkpoints
             .into_iter()
@@ -118,6 +130,8 @@ impl Domain {
             store,
             options,
             hub,
+            mirrors,
+            seen: AtomicU64::new(0),
             changes: Mutex::new(changes),
             state: RwLock::new(State {
                 checkpoints,
@@ -146,11 +160,13 @@ impl Domain {
 
     /// The checkpoints, oldest first. Asks nobody.
     pub fn checkpoints(&self) -> Vec<Arc<CheckpointEntry>> {
+        self.adopt_seen();
         self.state.read().checkpoints.clone()
     }
 
     /// The checkpoint of this name. Asks nobody.
     pub fn checkpoint(&self, name: &str) -> Option<Arc<CheckpointEntry>> {
+        self.adopt_seen();
         let state = self.state.read();
         let mut all = state.checkpoints.iter();
         all.find(|c| c.checkpoint.name.as_str() == name).cloned()
@@ -257,7 +273,13 @@ impl Domain {
             recover(&*self.backend, &self.store, &mut changes.record)?;
             self.publish(&mut changes);
         }
+        self.adopt(&mut changes)?;
         Ok(changes)
+    }
+
+    /// The right to change something, if nobody has it now.
+    pub(super) fn try_changes(&self) -> Option<MutexGuard<'_, Changes>> {
+        self.changes.try_lock()
     }
 
     pub(super) fn lock_changes(&self) -> Result<MutexGuard<'_, Changes>> {
@@ -285,8 +307,13 @@ impl Domain {
 
     /// After a failed change: find out what became of it, and undo it if it took effect.
     pub(super) fn settle(&self, changes: &mut Changes) {
-        match recover(&*self.backend, &self.store, &mut changes.record) {
-            Ok(()) => self.publish(changes),
+        let settled = match self.mirrors {
+            true => self.adopt(changes),
+            false => recover(&*self.backend, &self.store, &mut changes.record)
+                .map(|()| self.publish(changes)),
+        };
+        match settled {
+            Ok(()) => {}
             Err(e) => log::error!("cannot settle the failed change yet: {e}"),
         }
     }

@@ -7,6 +7,8 @@
 //!            └── Backend    the domain itself
 //! ```
 //!
+//! Where somebody else keeps the checkpoints, `kept` mirrors them and the store only remembers.
+//!
 //! Changes go one at a time, under one lock; looking and reading take no part in it, so a slow
 //! domain never holds up `ls` or a read of another backup.
 
@@ -18,6 +20,7 @@ mod domain;
 mod history;
 mod hub;
 mod job;
+mod kept;
 mod listing;
 mod once;
 mod recovery;

@@ -41,6 +41,11 @@ impl Domain {
                     )),
                 };
             }
+            if self.mirrors {
+                self.backend
+                    .redefine_checkpoint(&checkpoint, again.validate)?;
+                return self.adopt(&mut changes);
+            }
             follows_newest(&checkpoint, all)?;
             let mut record = changes.record.clone();
             record.last_created = record.last_created.max(Some(checkpoint.created));

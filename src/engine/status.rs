@@ -69,11 +69,14 @@ pub(super) fn disk_status(
     };
     let dirty = |name: &String| disk.bitmaps.iter().find(|b| b.name == *name);
     let links = &chain.links[first..];
-    let sum: u64 = links
-        .iter()
-        .filter_map(|l| dirty(&l.1))
-        .map(|b| b.dirty_bytes)
-        .sum();
+    let mut sum: u64 = 0;
+    for bitmap in links.iter().filter_map(|l| dirty(&l.1)) {
+        sum = sum.saturating_add(bitmap.dirty_bytes);
+        // What records holds all that later ones do: of libvirt's bitmaps every one.
+        if bitmap.recording {
+            break;
+        }
+    }
     DiskStatus::Trusted {
         target,
         recording: links.len() == 1,

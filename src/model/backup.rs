@@ -1,6 +1,6 @@
 //! What a backend is to do at the instant of a backup, on all disks at once.
 
-use super::{NewCheckpoint, ServerAddress, Target};
+use super::{Name, NewCheckpoint, ServerAddress, Target};
 
 /// A backup's number, positive, unique while the mount lives: the RFC's job id.
 pub type JobId = u32;
@@ -28,6 +28,9 @@ pub struct FreezeDisk {
     ///
     /// [`FrozenDisk::changed`]: crate::backend::FrozenDisk::changed
     pub recording: Option<String>,
+    /// The checkpoint whose changes are listed, where it can be trusted: what a backend goes by that
+    /// lists those since one checkpoint only.
+    pub base: Option<Name>,
     /// File for scratch space, where the usual place is not wanted.
     pub scratch: Option<String>,
     /// How other NBD clients find it, where there is a server for them.

@@ -67,6 +67,10 @@ impl Checkpoint {
 pub struct NewCheckpoint {
     /// The new checkpoint's name.
     pub name: Name,
+    /// Words for people; only who keeps checkpoints itself has a use for them.
+    pub description: Option<String>,
+    /// When it is meant to be made; the same goes for this.
+    pub created: SystemTime,
     /// A bitmap for each disk it covers.
     pub bitmaps: Vec<NewBitmap>,
 }

@@ -23,6 +23,8 @@ pub fn places(dir: &Path) -> Places {
         scratch_limit: None,
         format: None,
         domain: None,
+        quiesce: false,
+        uri: "qemu:///system".into(),
         tls_psk: None,
     }
 }

@@ -165,6 +165,13 @@ impl Domain {
         })
     }
 
+    /// Of the running QEMU, as of the lookup: another one after a restart, none when shut off.
+    pub(super) fn id(&self) -> Option<c_uint> {
+        // SAFETY: the domain is ours. It is kept in the handle; nobody is asked.
+        let id = unsafe { sys::virDomainGetID(self.0) };
+        (id != c_uint::MAX).then_some(id)
+    }
+
     pub(super) fn uuid(&self) -> Result<String> {
         let mut buffer: [c_char; sys::VIR_UUID_STRING_BUFLEN as usize] =
             [0; sys::VIR_UUID_STRING_BUFLEN as usize];
@@ -180,8 +187,7 @@ impl Domain {
     pub(super) fn state(&self) -> Result<(c_int, c_int)> {
         let (mut state, mut reason) = (0, 0);
         // SAFETY: two places for numbers.
-        let answer =
-            unsafe { sys::virDomainGetState(self.0, &raw mut state, &raw mut reason, 0) };
+        let answer = unsafe { sys::virDomainGetState(self.0, &raw mut state, &raw mut reason, 0) };
         count(answer).map(|_| (state, reason))
     }
 
@@ -204,8 +210,7 @@ impl Domain {
             physical: 0,
         };
         // SAFETY: the string outlives the call; a place for the answer.
-        let answer =
-            unsafe { sys::virDomainGetBlockInfo(self.0, disk.as_ptr(), &raw mut info, 0) };
+        let answer = unsafe { sys::virDomainGetBlockInfo(self.0, disk.as_ptr(), &raw mut info, 0) };
         count(answer).map(|_| info.capacity)
     }
 
@@ -219,8 +224,7 @@ impl Domain {
         let mut array = ptr::null_mut();
         let flags = sys::VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL;
         // SAFETY: libvirt writes a pointer to an array.
-        let answer =
-            unsafe { sys::virDomainListAllCheckpoints(self.0, &raw mut array, flags) };
+        let answer = unsafe { sys::virDomainListAllCheckpoints(self.0, &raw mut array, flags) };
         Ok(list(array, count(answer)?, Checkpoint))
     }
 
@@ -301,12 +305,24 @@ impl Drop for Domain {
 /// A checkpoint of a domain.
 pub(super) struct Checkpoint(sys::virDomainCheckpointPtr);
 
+// SAFETY: see the module's comment.
+unsafe impl Send for Checkpoint {}
+
 impl Checkpoint {
     fn of(checkpoint: sys::virDomainCheckpointPtr) -> Result<Self> {
         match checkpoint.is_null() {
             true => Err(Fault::last()),
             false => Ok(Self(checkpoint)),
         }
+    }
+
+    pub(super) fn name(&self) -> String {
+        // SAFETY: kept in the handle; nobody is asked.
+        let name = unsafe { sys::virDomainCheckpointGetName(self.0).as_ref() };
+        // SAFETY: a C string that lives as long as the checkpoint.
+        name.map_or_else(String::new, |name| unsafe {
+            CStr::from_ptr(name).to_string_lossy().into_owned()
+        })
     }
 
     /// Without the domain; with what changed since, which only a running QEMU can tell.

@@ -29,6 +29,8 @@ struct Shared {
     /// How the domain is found: its name first, its UUID from then on.
     id: Id,
     connection: Mutex<Option<Arc<Connection>>>,
+    /// libvirt answers, and has no such domain.
+    undefined: AtomicBool,
     /// Calls whose deadline has passed.
     overdue: AtomicUsize,
 }
@@ -53,6 +55,7 @@ impl Link {
                 uri: uri.to_owned(),
                 id,
                 connection: Mutex::default(),
+                undefined: AtomicBool::new(false),
                 overdue: AtomicUsize::new(0),
             }),
             timeout,
@@ -61,6 +64,11 @@ impl Link {
 
     pub(super) fn timeout(&self) -> Duration {
         self.timeout
+    }
+
+    /// Whether libvirt, when last asked, had no such domain.
+    pub(super) fn is_undefined(&self) -> bool {
+        self.shared.undefined.load(Ordering::Acquire)
     }
 
     /// Does `work` with the domain. `what` goes into the sentence about a failure.
@@ -138,13 +146,16 @@ impl Shared {
     /// The domain, over a connection that works: one that broke is opened again.
     fn domain(&self) -> ffi::Result<Domain> {
         let connection = self.connect()?;
-        match self.look_up(&connection) {
+        let found = match self.look_up(&connection) {
             Err(_) if !connection.is_alive() => {
                 self.drop_broken();
                 self.look_up(&*self.connect()?)
             }
             found => found,
-        }
+        };
+        let undefined = matches!(&found, Err(fault) if fault.code == sys::VIR_ERR_NO_DOMAIN);
+        self.undefined.store(undefined, Ordering::Release);
+        found
     }
 
     fn connect(&self) -> ffi::Result<Arc<Connection>> {

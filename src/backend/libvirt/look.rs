@@ -1,0 +1,146 @@
+//! One look at a domain: its disks, and libvirt's checkpoints of them.
+//!
+//! libvirt's bitmaps all record all the time, and libvirt itself judges them: asked for sizes, it
+//! leaves out that of a bitmap that is missing or was not saved cleanly. So the bitmaps that are told
+//! to the engine are made up from that, and it trusts just what libvirt trusts.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::time::{Duration, SystemTime};
+
+use super::ffi::{self, Domain};
+use super::link::Link;
+use crate::model::{Bitmap, Checkpoint, CheckpointDisk, Disk, Error, Kind, Result};
+use crate::xml::{CheckpointDocument, LiveDisk, LiveDomain};
+
+/// What a qcow2 image begins with, ahead of its version.
+const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
+
+/// What libvirt's bitmaps have, since it does not say: QEMU's choice for a qcow2 image.
+const GRANULARITY: u64 = 65536;
+
+/// What one look finds.
+pub(super) struct Look {
+    pub(super) domain: LiveDomain,
+    pub(super) disks: Vec<Disk>,
+    pub(super) checkpoints: Vec<Checkpoint>,
+}
+
+/// libvirt's answers.
+struct Answers {
+    xml: String,
+    sizes: HashMap<String, u64>,
+    checkpoints: Vec<String>,
+}
+
+/// Looks. With `bitmaps` the domain must be running; each checkpoint's are then asked of QEMU.
+pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
+    let answers = link.call("look at the domain", move |domain| {
+        let xml = domain.xml()?;
+        // What cannot be read here is refused below.
+        let disks = LiveDomain::read(xml.as_bytes()).unwrap_or_default().disks;
+        let mut sizes = HashMap::new();
+        for disk in disks {
+            let size = domain.capacity(&disk.target)?;
+            sizes.insert(disk.target, size);
+        }
+        Ok(Answers {
+            xml,
+            sizes,
+            checkpoints: checkpoints(domain, bitmaps)?,
+        })
+    })?;
+    let domain = LiveDomain::read(answers.xml.as_bytes()).map_err(|e| odd("domain", &e))?;
+    let documents = answers
+        .checkpoints
+        .iter()
+        .map(|xml| CheckpointDocument::read(xml.as_bytes()).map_err(|e| odd("checkpoint", &e)))
+        .collect::<Result<Vec<_>>>()?;
+    let size = |target: &str| answers.sizes.get(target).copied().unwrap_or(0);
+    let disks = domain.disks.iter().map(|disk| Disk {
+        target: disk.target.clone(),
+        size: size(&disk.target),
+        format: disk.format.clone(),
+        file: disk.file.clone(),
+        no_checkpoint: no_checkpoint(disk),
+        bitmaps: if bitmaps {
+            bitmaps_of(&disk.target, &documents)
+        } else {
+            Vec::new()
+        },
+    });
+    Ok(Look {
+        disks: disks.collect(),
+        checkpoints: documents
+            .iter()
+            .filter_map(|d| checkpoint(d, size))
+            .collect(),
+        domain,
+    })
+}
+
+fn checkpoints(domain: &Domain, sizes: bool) -> ffi::Result<Vec<String>> {
+    let all = domain.checkpoints()?;
+    all.iter().map(|c| c.xml(sizes)).collect()
+}
+
+fn odd(what: &str, error: &crate::xml::Error) -> Error {
+    Error::new(
+        Kind::Io,
+        format!("libvirt describes the {what} in a way that is not understood: {error}"),
+    )
+}
+
+/// A checkpoint as libvirt describes it. One whose name would not do as a name of a file here, such as
+/// `x.xml`, is left out: others can still be used.
+fn checkpoint(document: &CheckpointDocument, size: impl Fn(&str) -> u64) -> Option<Checkpoint> {
+    let name = document.name.as_ref()?.value.clone();
+    let disks = document.disks.iter().filter_map(|disk| {
+        let bitmap = disk.bitmap.as_ref()?;
+        Some(CheckpointDisk {
+            target: disk.name.clone(),
+            bitmap: bitmap.name.clone().unwrap_or_else(|| name.to_string()),
+            // libvirt says nothing of the size at the time, and sees to resizing itself.
+            size: size(&disk.name),
+            broken: None,
+        })
+    });
+    Some(Checkpoint {
+        created: SystemTime::UNIX_EPOCH + Duration::from_secs(document.creation_time?),
+        parent: document.parent.as_ref().map(|p| p.value.clone()),
+        description: document.description.clone(),
+        disks: disks.collect(),
+        name,
+    })
+}
+
+fn bitmaps_of(target: &str, checkpoints: &[CheckpointDocument]) -> Vec<Bitmap> {
+    let of_disk = checkpoints.iter().filter_map(|c| {
+        let disk = c.disks.iter().find(|d| d.name == target)?;
+        let bitmap = disk.bitmap.as_ref()?;
+        let name = bitmap.name.clone();
+        Some(Bitmap {
+            name: name.or_else(|| Some(c.name.as_ref()?.value.to_string()))?,
+            recording: true,
+            inconsistent: bitmap.size.is_none(),
+            persistent: true,
+            granularity: GRANULARITY,
+            dirty_bytes: bitmap.size.unwrap_or(0),
+        })
+    });
+    of_disk.collect()
+}
+
+/// Why libvirt would refuse a checkpoint of the disk. The version of a qcow2 image is not in the
+/// domain's document; where the image cannot be read here, libvirt says it when it comes to that.
+fn no_checkpoint(disk: &LiveDisk) -> Option<String> {
+    if disk.format != "qcow2" {
+        return Some(format!("format {} cannot keep dirty bitmaps", disk.format));
+    }
+    let mut head = [0; 8];
+    let mut file = File::open(disk.file.as_ref()?).ok()?;
+    file.read_exact(&mut head).ok()?;
+    let old = head.starts_with(QCOW2_MAGIC) && head.ends_with(&[0, 0, 0, 2]);
+    old.then(|| "qcow2 version 2 cannot keep dirty bitmaps".to_owned())
+}

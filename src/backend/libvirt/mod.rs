@@ -1,0 +1,408 @@
+//! A domain that libvirt manages: by libvirt's own checkpoint and backup calls, so that virsh,
+//! virt-manager and other backup programs see the same checkpoints and no two get in each other's way.
+//!
+//! ```text
+//!   Libvirt ── Shared ──┬── Link      calls with deadlines; connects again after a restart
+//!                       ├── Session   the one backup that libvirt lets a domain have (session.rs)
+//!                       ├── RunDir    the socket that it is read from
+//!                       └── Seen      checkpoints as last seen; libvirt's record is the one that counts
+//!   guard.rs: a thread that notices what others do to the domain
+//! ```
+//!
+//! Tried on libvirt 11.3.0 with QEMU 10.0.2.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use virt_sys as sys;
+
+use self::link::Link;
+use self::session::Session;
+use super::rundir::{self, RunDir};
+use super::source::Places;
+use super::{Backend, Frozen, Listener, Notice, Pushing, scratch};
+use crate::model::{
+    BackupPlan, Checkpoint, CheckpointRemoval, Disk, DomainInfo, Error, Kind, Mode, Name,
+    NewCheckpoint, PushPlan, RenameBitmap, Result,
+};
+use crate::xml::{CheckpointDocument, CheckpointDocumentDisk, DocumentBitmap};
+
+mod ffi;
+mod guard;
+mod link;
+mod look;
+mod session;
+
+/// How long is waited for a planned time. A clock that was set back is not waited for.
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
+
+/// A running domain of libvirt.
+struct Libvirt {
+    shared: Arc<Shared>,
+    info: DomainInfo,
+    guard: Mutex<Option<guard::Guard>>,
+}
+
+struct Shared {
+    link: Link,
+    places: Places,
+    rundir: RunDir,
+    /// The backup that has something in libvirt.
+    session: Mutex<Option<Arc<Session>>>,
+    /// The disks as last seen; the engine looks before every change.
+    disks: Mutex<Vec<Disk>>,
+    seen: Mutex<Seen>,
+    /// Why the domain could not be asked when it was last looked after.
+    down: Mutex<Option<Error>>,
+    listener: OnceLock<Listener>,
+}
+
+/// Checkpoints as last seen, and how often they were seen to have changed.
+#[derive(Default)]
+struct Seen {
+    number: u64,
+    checkpoints: Vec<Checkpoint>,
+}
+
+/// Finds the domain. Nothing of it is changed yet.
+pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
+    let by_name = Link::by_name(&places.uri, name, places.timeout);
+    let found = by_name.call("find the domain", |domain| {
+        Ok((domain.name(), domain.uuid()?, domain.is_active()?))
+    });
+    let (name, uuid, active) = found.map_err(|e| match by_name.is_undefined() {
+        true => Error::new(
+            Kind::NotFound,
+            format!("libvirt at {} has no domain {name}", places.uri),
+        )
+        .hint("fleecefs list shows those there are; -o uri= says where else to look"),
+        false => e,
+    })?;
+    let info = DomainInfo {
+        name,
+        // Apart from what a QMP mount of the same domain remembers: the checkpoints are not the same.
+        key: format!("libvirt-{uuid}"),
+        uuid: Some(uuid.clone()),
+    };
+    if !active {
+        return Err(Error::new(
+            Kind::NotConnected,
+            format!("domain {} is not running", info.name),
+        )
+        .hint("start it with virsh start, or mount its images"));
+    }
+    let link = Link::by_uuid(&places.uri, &uuid, places.timeout);
+    let look = look::look(&link, false)?;
+    let rundir = RunDir::create(&places.runtime)?;
+    if let Some((uid, gid)) = look.domain.owner {
+        rundir.give_to(uid, gid)?;
+    }
+    let shared = Arc::new(Shared {
+        link,
+        places: places.clone(),
+        rundir,
+        session: Mutex::default(),
+        disks: Mutex::new(look.disks),
+        seen: Mutex::default(),
+        down: Mutex::default(),
+        listener: OnceLock::new(),
+    });
+    let guard = Mutex::new(Some(guard::Guard::start(&shared)));
+    Ok(Arc::new(Libvirt {
+        shared,
+        info,
+        guard,
+    }))
+}
+
+impl Shared {
+    fn notify(&self, notice: Notice) {
+        if let Some(listener) = self.listener.get() {
+            listener(notice);
+        }
+    }
+
+    fn set_down(&self, why: Option<Error>) {
+        let mut down = self.down.lock();
+        let told = |e: &Option<Error>| e.as_ref().map(|e| e.message().to_owned());
+        if told(&down) != told(&why) {
+            match &why {
+                Some(why) => log::warn!("{why}"),
+                None => log::info!("the domain can be reached again"),
+            }
+        }
+        *down = why;
+    }
+
+    fn knows_other_checkpoints(&self, names: &[String]) -> bool {
+        let seen = self.seen.lock();
+        let known = seen.checkpoints.iter().map(|c| c.name.as_str());
+        // Names that would not do here were left out.
+        let usable = names.iter().filter(|n| Name::new(n).is_ok());
+        let (mut known, mut named): (Vec<_>, Vec<_>) =
+            (known.collect(), usable.map(String::as_str).collect());
+        known.sort_unstable();
+        named.sort_unstable();
+        known != named
+    }
+
+    fn note_checkpoints(&self, checkpoints: &[Checkpoint]) {
+        let mut seen = self.seen.lock();
+        if seen.checkpoints != checkpoints {
+            seen.number += 1;
+            seen.checkpoints = checkpoints.to_vec();
+        }
+    }
+
+    fn size_of(&self, target: &str) -> Result<u64> {
+        let disks = self.disks.lock();
+        let disk = disks.iter().find(|d| d.target == target);
+        disk.map(|d| d.size)
+            .ok_or_else(|| Error::new(Kind::NotFound, format!("the domain has no disk {target}")))
+    }
+
+    /// EBUSY if a job holds the domain: libvirt would let us wait for 30 s, and then say no.
+    fn is_free(&self) -> Result<()> {
+        if let Some(session) = self.session.lock().clone() {
+            if session.failure().is_none() {
+                return Err(Error::new(
+                    Kind::Busy,
+                    "libvirt lets a domain have one backup at a time, and one runs",
+                )
+                .hint("end that one first: rmdir"));
+            }
+            session.end(self)?;
+        }
+        let holder = self.link.call("look for other jobs", |domain| {
+            Ok(match session::running(domain)? {
+                Some(backup) => Some(match backup.mode {
+                    Mode::Pull => "a pull backup",
+                    Mode::Push => "a push backup",
+                }),
+                None => domain.job()?.map(kind_of_job),
+            })
+        })?;
+        match holder {
+            None => Ok(()),
+            Some(kind) => Err(Error::new(
+                Kind::Busy,
+                format!("the domain is held by {kind} that someone else began"),
+            )
+            .hint("wait for its end; virsh domjobinfo shows it, virsh domjobabort ends it")),
+        }
+    }
+
+    /// The document of a new checkpoint. libvirt takes the time by itself, in whole seconds, so this
+    /// waits until that is the one which is planned: no two are made in one second.
+    fn checkpoint_xml(&self, new: &NewCheckpoint) -> String {
+        let disk = |bitmap: &crate::model::NewBitmap| CheckpointDocumentDisk {
+            place: Default::default(),
+            name: bitmap.target.clone(),
+            bitmap: Some(DocumentBitmap {
+                name: Some(bitmap.bitmap.clone()),
+                size: None,
+            }),
+        };
+        if let Ok(wait) = new.created.duration_since(SystemTime::now()) {
+            std::thread::sleep(wait.min(LONGEST_WAIT));
+        }
+        // Disks that are not named take no part.
+        CheckpointDocument {
+            name: Some(new.name.clone().into()),
+            description: new.description.clone(),
+            disks: new.bitmaps.iter().map(disk).collect(),
+            ..CheckpointDocument::default()
+        }
+        .write()
+    }
+}
+
+/// libvirt's words for what holds a domain.
+fn kind_of_job(operation: i32) -> &'static str {
+    match operation as sys::virDomainJobOperation {
+        sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN
+        | sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT => "a migration",
+        sys::VIR_DOMAIN_JOB_OPERATION_SAVE => "a save",
+        sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
+        | sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT
+        | sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE => "a snapshot",
+        sys::VIR_DOMAIN_JOB_OPERATION_DUMP => "a core dump",
+        sys::VIR_DOMAIN_JOB_OPERATION_BACKUP => "a backup",
+        _ => "a job",
+    }
+}
+
+/// What libvirt leaves no choice about.
+fn choices(new: &NewCheckpoint) -> Result<()> {
+    for bitmap in &new.bitmaps {
+        if bitmap.granularity.is_some() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "libvirt chooses the granularity of bitmaps by itself",
+            )
+            .hint("mount without -o granularity="));
+        }
+        if bitmap.bitmap != new.name.as_str() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!(
+                    "libvirt gives a bitmap its checkpoint's name, and none other such as {}",
+                    bitmap.bitmap
+                ),
+            )
+            .hint("leave bitmap= out"));
+        }
+    }
+    Ok(())
+}
+
+impl Backend for Libvirt {
+    fn info(&self) -> DomainInfo {
+        self.info.clone()
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.shared.down.lock().clone()
+    }
+
+    fn tidy(&self) -> Result<()> {
+        let places = &self.shared.places;
+        let left = self.shared.link.call("look for what is left", |domain| {
+            Ok(session::running(domain)?.and_then(|backup| backup.socket))
+        })?;
+        let ours = |socket: &Path| {
+            let dir = socket.parent()?;
+            let id = dir.file_name()?.to_str()?;
+            (dir.parent()? == places.runtime && rundir::is_dead_id(&places.runtime, id))
+                .then_some(())
+        };
+        if let Some(socket) = left.filter(|socket| ours(Path::new(socket)).is_some()) {
+            log::warn!("ending a backup left by a killed fleecefs, on {socket}");
+            session::end_on(&self.shared.link, socket.into())?;
+        }
+        scratch::sweep(&places.scratch, &places.runtime);
+        for dir in rundir::dead(&places.runtime) {
+            // A QEMU's NBD server, which the next QMP mount of that domain will look after.
+            let server = rundir::noted_pid(&dir, "nbd-server");
+            if !server.is_some_and(rundir::is_running) {
+                rundir::remove_targets(&dir);
+                let _ = std::fs::remove_dir_all(&dir);
+            }
+        }
+        Ok(())
+    }
+
+    fn disks(&self) -> Result<Vec<Disk>> {
+        let look = look::look(&self.shared.link, true)?;
+        self.shared.note_checkpoints(&look.checkpoints);
+        self.shared.disks.lock().clone_from(&look.disks);
+        Ok(look.disks)
+    }
+
+    fn own_checkpoints(&self) -> Result<Option<Vec<Checkpoint>>> {
+        let look = look::look(&self.shared.link, false)?;
+        self.shared.note_checkpoints(&look.checkpoints);
+        Ok(Some(look.checkpoints))
+    }
+
+    fn seen_checkpoints(&self, number: u64) -> Option<(u64, Vec<Checkpoint>)> {
+        let seen = self.shared.seen.lock();
+        (seen.number != number).then(|| (seen.number, seen.checkpoints.clone()))
+    }
+
+    fn create_checkpoint(&self, new: &NewCheckpoint) -> Result<()> {
+        choices(new)?;
+        let xml = self.shared.checkpoint_xml(new);
+        self.shared.link.call_or_undo(
+            "create a checkpoint",
+            move |domain| domain.create_checkpoint(&xml, 0),
+            |_, checkpoint| {
+                if let Err(fault) = checkpoint.delete(0) {
+                    log::error!("undoing a late checkpoint: {}", fault.message);
+                }
+            },
+        )?;
+        Ok(())
+    }
+
+    fn delete_checkpoint(&self, removal: &CheckpointRemoval) -> Result<()> {
+        let name = removal.name.to_string();
+        self.shared.link.call("delete a checkpoint", move |domain| {
+            let checkpoint = domain.checkpoint(&name)?;
+            match checkpoint.delete(0) {
+                // What is left of a broken one is libvirt's record; it says so in no other way.
+                Err(fault) if fault.message.contains("not found in backing chain") => {
+                    log::warn!(
+                        "checkpoint {name}: {}; its record is removed",
+                        fault.message
+                    );
+                    checkpoint.delete(sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+                }
+                outcome => outcome,
+            }
+        })
+    }
+
+    fn forget_checkpoint(&self, name: &Name) -> Result<()> {
+        let name = name.to_string();
+        self.shared.link.call("forget a checkpoint", move |domain| {
+            let metadata = sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY;
+            domain.checkpoint(&name)?.delete(metadata)
+        })
+    }
+
+    fn redefine_checkpoint(&self, again: &Checkpoint, validate: bool) -> Result<()> {
+        let xml = CheckpointDocument::describe(again, Some(&self.info)).write();
+        let mut flags = sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE;
+        if validate {
+            flags |= sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE;
+        }
+        self.shared
+            .link
+            .call("redefine a checkpoint", move |domain| {
+                domain.create_checkpoint(&xml, flags).map(drop)
+            })
+    }
+
+    fn rename_checkpoint(&self, _: &[RenameBitmap]) -> Result<()> {
+        Err(Error::new(
+            Kind::Unsupported,
+            "libvirt cannot give a checkpoint another name",
+        )
+        .hint("make another one, and delete this one when it is no longer needed"))
+    }
+
+    fn only_base(&self) -> Option<&'static str> {
+        Some("libvirt exports one list of changes a disk, those since the base")
+    }
+
+    fn begin(&self, plan: &BackupPlan) -> Result<Box<dyn Frozen>> {
+        if let Some(new) = &plan.checkpoint {
+            choices(new)?;
+        }
+        Ok(Box::new(session::begin(&self.shared, plan)?))
+    }
+
+    fn push(&self, _: &PushPlan) -> Result<Box<dyn Pushing>> {
+        Err(Error::new(
+            Kind::Unsupported,
+            "fleecefs does not begin push backups of libvirt domains",
+        )
+        .hint("virsh backup-begin does; or copy the files of a pull backup"))
+    }
+
+    fn listen(&self, listener: Listener) {
+        // Called once; a second listener would be nobody's.
+        let _ = self.shared.listener.set(listener);
+    }
+
+    fn close(&self) -> Result<()> {
+        drop(self.guard.lock().take());
+        let left = self.shared.session.lock().clone();
+        let ended = left.map_or(Ok(()), |session| session.end(&self.shared));
+        self.shared.rundir.remove();
+        ended
+    }
+}
