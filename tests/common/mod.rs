@@ -13,6 +13,7 @@ pub mod console;
 pub mod domain;
 pub mod fault;
 pub mod image;
+pub mod libvirtd;
 pub mod model;
 pub mod mount;
 pub mod process;

@@ -82,8 +82,9 @@ struct Seen {
     id: Option<u32>,
     /// Our job is there.
     ours: bool,
-    /// Names of checkpoints.
-    checkpoints: Vec<String>,
+    /// Names of checkpoints, unless one is just being made: libvirt 11.3 then lists one without a name,
+    /// and its own client refuses the list.
+    checkpoints: Option<Vec<String>>,
 }
 
 fn watch(shared: &Shared, session: Option<&Session>) {
@@ -95,7 +96,10 @@ fn watch(shared: &Shared, session: Option<&Session>) {
             reason,
             id: domain.id(),
             ours: socket.map_or(Ok(false), |socket| is_ours(domain, &socket))?,
-            checkpoints: domain.checkpoints()?.iter().map(|c| c.name()).collect(),
+            checkpoints: domain
+                .checkpoints()
+                .ok()
+                .map(|all| all.iter().map(|c| c.name()).collect()),
         })
     });
     let seen = match seen {
@@ -113,7 +117,8 @@ fn watch(shared: &Shared, session: Option<&Session>) {
     };
     let down = down(&seen);
     shared.set_down(down.clone());
-    if shared.knows_other_checkpoints(&seen.checkpoints)
+    let listed = seen.checkpoints.as_ref();
+    if listed.is_some_and(|names| shared.knows_other_checkpoints(names))
         && let Ok(look) = look::look(&shared.link, false)
     {
         shared.note_checkpoints(&look.checkpoints);

@@ -20,6 +20,9 @@ const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 /// What libvirt's bitmaps have, since it does not say: QEMU's choice for a qcow2 image.
 const GRANULARITY: u64 = 65536;
 
+/// How long a list that was refused is waited for.
+const AGAIN: Duration = Duration::from_millis(200);
+
 /// What one look finds.
 pub(super) struct Look {
     pub(super) domain: LiveDomain,
@@ -81,7 +84,11 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
 }
 
 fn checkpoints(domain: &Domain, sizes: bool) -> ffi::Result<Vec<String>> {
-    let all = domain.checkpoints()?;
+    // While somebody makes one, libvirt 11.3 may list it without a name, and its own client refuses that.
+    let all = domain.checkpoints().or_else(|_| {
+        std::thread::sleep(AGAIN);
+        domain.checkpoints()
+    })?;
     all.iter().map(|c| c.xml(sizes)).collect()
 }
 

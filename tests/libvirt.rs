@@ -1,0 +1,285 @@
+//! Domains of a real libvirtd, through a mount: what virsh does is seen in the mount, and what the
+//! mount does is seen by virsh. The guest is paused; its writes are made for it.
+#![cfg(feature = "libvirt")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::libvirtd::{Libvirtd, libvirtd};
+use common::mount::Home;
+use common::tools::{DEADLINE, eventually, fuse, need, run, text};
+use common::{Disk, Fleecefs, Marks, Rng, Write, model, parse_map};
+
+const MIB: u64 = 1 << 20;
+const NOTHING: [std::path::PathBuf; 0] = [];
+
+fn mount(libvirtd: &Libvirtd, home: Home) -> Fleecefs {
+    // QEMU is nobody, and has to get through to the socket.
+    let passable = std::fs::Permissions::from_mode(0o711);
+    for name in ["", "runtime", "scratch"] {
+        std::fs::set_permissions(home.path(name), passable.clone()).unwrap();
+    }
+    Fleecefs::source("libvirt:vm")
+        .option(&format!("uri={}", libvirtd.uri()))
+        .option("timeout=20")
+        .home(home)
+        .mount()
+}
+
+fn errno(result: std::io::Result<()>) -> i32 {
+    result.unwrap_err().raw_os_error().unwrap()
+}
+
+fn names(libvirtd: &Libvirtd) -> Vec<String> {
+    let listed = libvirtd.virsh(&["checkpoint-list", "--name", "vm"]);
+    let mut names: Vec<String> = listed.split_whitespace().map(str::to_owned).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn checkpoints_are_libvirts() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB, 4 * MIB]);
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "theirs"]);
+    let mount = mount(&libvirtd, Home::new());
+    assert_eq!(mount.list("checkpoints"), ["theirs"]);
+    mount.mkdir("checkpoints/ours").unwrap();
+    assert_eq!(names(&libvirtd), ["ours", "theirs"]);
+    let dumped = libvirtd.virsh(&["checkpoint-dumpxml", "--no-domain", "vm", "ours"]);
+    assert!(
+        dumped.contains("<name>theirs</name>"),
+        "the parent: {dumped}"
+    );
+
+    // What virsh makes appears by itself, and what it deletes disappears.
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "later"]);
+    libvirtd.virsh(&["checkpoint-delete", "vm", "theirs"]);
+    eventually("virsh's changes", DEADLINE, || {
+        (mount.list("checkpoints") == ["later", "ours"]).then_some(())
+    });
+    // Before a change it is looked again: the name is taken at once.
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "taken"]);
+    let taken = mount.mkdir("checkpoints/taken");
+    assert_eq!(errno(taken), libc::EEXIST);
+
+    let from = mount.path("checkpoints/ours");
+    let renamed = std::fs::rename(from, mount.path("checkpoints/new"));
+    assert_eq!(errno(renamed), libc::EOPNOTSUPP);
+    assert!(mount.last_error().contains("another name"));
+    mount.rmdir("checkpoints/ours").unwrap();
+    assert_eq!(names(&libvirtd), ["later", "taken"]);
+    let status = mount.read("checkpoints/later/status");
+    assert!(status.contains("state: trusted"), "{status}");
+
+    // libvirt's record goes, the bitmap stays, and the document brings it back.
+    let document = libvirtd.virsh(&["checkpoint-dumpxml", "vm", "taken"]);
+    let forgotten = Command::new(common::mount::FLEECEFS)
+        .args(["checkpoint", "delete", "--metadata", "taken"])
+        .arg(mount.path(""))
+        .status()
+        .unwrap();
+    assert!(forgotten.success(), "{}", mount.last_error());
+    assert_eq!(names(&libvirtd), ["later"]);
+    let file = libvirtd.dir().join("taken.xml");
+    std::fs::write(&file, document).unwrap();
+    libvirtd.virsh(&["checkpoint-create", "--redefine", "vm", text(&file)]);
+    eventually("the redefined one", DEADLINE, || {
+        (mount.list("checkpoints") == ["later", "taken"]).then_some(())
+    });
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// Random writes and backups against a model of the disk and of what changed.
+#[test]
+fn backups_read_right_and_list_what_changed() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    let size = 8 * MIB;
+    libvirtd.domain(&[size, 4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    let mut rng = Rng::from_env();
+    let mut disk = Disk::new(size);
+    let mut marks = Marks::new(size, 65536);
+    let writes = |rng: &mut Rng, disk: &mut Disk, marks: &mut Marks| {
+        for _ in 0..6 {
+            let write = rng.write(size);
+            libvirtd.write("vda", write);
+            disk.apply(write);
+            marks.mark(write);
+        }
+    };
+    for round in 0..4 {
+        writes(&mut rng, &mut disk, &mut marks);
+        let name = format!("b{round}");
+        mount.mkdir(&format!("backups/{name}")).unwrap();
+        let (frozen, known) = (disk.clone(), marks.clone());
+        marks = Marks::new(size, 65536);
+        // The guest goes on writing.
+        writes(&mut rng, &mut disk, &mut marks);
+        frozen.assert_file(&mount.path(&format!("backups/{name}/raw/vda.raw")));
+        let since = mount.list(&format!("backups/{name}/since"));
+        if round == 0 {
+            assert_eq!(since, [] as [&str; 0]);
+        } else {
+            let base = format!("b{}", round - 1);
+            assert_eq!(since, [base.clone()], "the base only");
+            let map = parse_map(&mount.read(&format!("backups/{name}/since/{base}/vda.map")));
+            assert_eq!(
+                model::show(&model::dirty_extents(&map)),
+                model::show(&known.extents())
+            );
+        }
+        mount.rmdir(&format!("backups/{name}")).unwrap();
+        assert!(names(&libvirtd).contains(&name));
+        assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
+    }
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// What fleecefs reads is what virsh and nbdcopy get at the same instant.
+#[test]
+fn the_same_as_virsh_and_nbdcopy() {
+    need!("nbdcopy");
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    let size = 8 * MIB;
+    libvirtd.domain(&[size]);
+    let mut rng = Rng::from_env();
+    for _ in 0..8 {
+        libvirtd.write("vda", rng.write(size));
+    }
+    let mount = mount(&libvirtd, Home::new());
+    mount.mkdir("backups/ours").unwrap();
+    let ours = std::fs::read(mount.path("backups/ours/disk.raw")).unwrap();
+    mount.rmdir("backups/ours").unwrap();
+
+    // The guest is paused and wrote nothing since.
+    let at = |name: &str| libvirtd.dir().join(name);
+    let sockets = at("sockets");
+    std::fs::create_dir(&sockets).unwrap();
+    std::fs::set_permissions(&sockets, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let socket = sockets.join("nbd.sock");
+    let document = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>\
+         <disk name='vda' backup='yes' type='file'><scratch file='{}'/></disk></disks>\
+         </domainbackup>",
+        text(&socket),
+        text(&at("scratch.qcow2"))
+    );
+    std::fs::write(at("backup.xml"), document).unwrap();
+    libvirtd.virsh(&["backup-begin", "vm", text(&at("backup.xml"))]);
+
+    // Somebody else's job: EBUSY at once, and it is left alone.
+    let began = Instant::now();
+    assert_eq!(errno(mount.mkdir("backups/late")), libc::EBUSY);
+    assert!(
+        began.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        began.elapsed()
+    );
+    assert!(
+        mount
+            .last_error()
+            .contains("a pull backup that someone else")
+    );
+    assert!(!mount.list("checkpoints").contains(&"late".to_owned()));
+
+    let uri = format!("nbd+unix:///vda?socket={}", text(&socket));
+    run("nbdcopy", &[&uri, text(&at("theirs.raw"))]);
+    libvirtd.virsh(&["domjobabort", "vm"]);
+    assert!(ours == std::fs::read(at("theirs.raw")).unwrap());
+    mount.mkdir("backups/late").unwrap();
+    let began = Instant::now();
+    assert_eq!(errno(mount.mkdir("backups/second")), libc::EBUSY);
+    assert!(began.elapsed() < Duration::from_secs(3));
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+    assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
+}
+
+/// What others do to the domain ends a backup, and never the mount.
+#[test]
+fn the_mount_lives_on() {
+    let (Some(mut libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    let failed = |name: &str, says: &str| {
+        let status = eventually("the failure", DEADLINE, || {
+            let status = mount.read(&format!("backups/{name}/status"));
+            status.contains("state: failed").then_some(status)
+        });
+        assert!(status.contains(says), "{status}");
+        let read = std::fs::read(mount.path(&format!("backups/{name}/disk.raw")));
+        assert!(read.is_err());
+        mount.rmdir(&format!("backups/{name}")).unwrap();
+    };
+
+    mount.mkdir("backups/aborted").unwrap();
+    libvirtd.virsh(&["domjobabort", "vm"]);
+    failed("aborted", "domjobabort");
+
+    // A restart of libvirtd is no end of anything: the backup is in QEMU.
+    mount.mkdir("backups/kept").unwrap();
+    libvirtd.restart();
+    std::fs::read(mount.path("backups/kept/disk.raw")).unwrap();
+    mount.rmdir("backups/kept").unwrap();
+    assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
+
+    mount.mkdir("backups/destroyed").unwrap();
+    libvirtd.virsh(&["destroy", "vm"]);
+    failed("destroyed", "destroyed");
+    let status = mount.read("status");
+    assert!(status.contains("state: lost"), "{status}");
+    assert_eq!(errno(mount.mkdir("backups/no")), libc::ENOTCONN);
+    libvirtd.virsh(&["start", "--paused", "vm"]);
+    eventually("the domain's return", DEADLINE, || {
+        mount
+            .read("status")
+            .contains("state: connected")
+            .then_some(())
+    });
+    mount.mkdir("backups/again").unwrap();
+    assert_eq!(mount.list("backups/again/since"), ["destroyed"]);
+
+    // Killed, so that its bitmaps are not saved.
+    common::process::signal(libvirtd.qemu(), libc::SIGKILL);
+    failed("again", "the domain");
+    eventually("the start", DEADLINE, || {
+        libvirtd.try_virsh(&["start", "--paused", "vm"]).ok()
+    });
+    mount.mkdir("backups/full").unwrap();
+    assert_eq!(mount.list("backups/full/since"), [] as [&str; 0]);
+    let broken = mount.read("checkpoints/destroyed/status");
+    assert!(broken.contains("state: broken"), "{broken}");
+    mount.rmdir("checkpoints/destroyed").unwrap();
+    assert!(!names(&libvirtd).contains(&"destroyed".to_owned()));
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// A killed fleecefs leaves libvirt's job; the next one ends it, and no one else's.
+#[test]
+fn the_next_start_tidies_up() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB]);
+    let killed = mount(&libvirtd, Home::new());
+    killed.mkdir("backups/left").unwrap();
+    let home = killed.sigkill();
+    assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_ok());
+    let next = mount(&libvirtd, home);
+    assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
+    assert_eq!(next.list("checkpoints"), ["left"], "that was made");
+    assert_eq!(next.list("backups"), [] as [&str; 0]);
+    assert_eq!(next.umount().leftovers(), NOTHING);
+}
