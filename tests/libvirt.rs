@@ -130,7 +130,7 @@ fn backups_read_right_and_list_what_changed() {
             assert_eq!(since, [] as [&str; 0]);
         } else {
             let base = format!("b{}", round - 1);
-            assert_eq!(since, [base.clone()], "the base only");
+            assert_eq!(since, std::slice::from_ref(&base), "the base only");
             let map = parse_map(&mount.read(&format!("backups/{name}/since/{base}/vda.map")));
             assert_eq!(
                 model::show(&model::dirty_extents(&map)),
@@ -282,4 +282,52 @@ fn the_next_start_tidies_up() {
     assert_eq!(next.list("checkpoints"), ["left"], "that was made");
     assert_eq!(next.list("backups"), [] as [&str; 0]);
     assert_eq!(next.umount().leftovers(), NOTHING);
+}
+
+/// A domain that is not running: its images, and every since/; nothing of it can be changed.
+#[test]
+fn a_stopped_domain_is_read() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    let size = 8 * MIB;
+    libvirtd.domain(&[size]);
+    let mut disk = Disk::new(size);
+    for (pattern, checkpoint) in [(1, "mon"), (2, "tue"), (3, "")] {
+        let write = Write {
+            offset: u64::from(pattern) * MIB,
+            length: 65536,
+            pattern,
+        };
+        libvirtd.write("vda", write);
+        disk.apply(write);
+        if !checkpoint.is_empty() {
+            libvirtd.virsh(&["checkpoint-create-as", "vm", checkpoint]);
+        }
+    }
+    libvirtd.virsh(&["destroy", "--graceful", "vm"]);
+    let before = std::fs::read(libvirtd.image("vda")).unwrap();
+
+    let mount = mount(&libvirtd, Home::new());
+    assert_eq!(mount.list("checkpoints"), ["mon", "tue"]);
+    mount.mkdir("backups/b").unwrap();
+    disk.assert_file(&mount.path("backups/b/disk.raw"));
+    for (checkpoint, dirty) in [
+        ("mon", vec![(2 * MIB, 65536), (3 * MIB, 65536)]),
+        ("tue", vec![(3 * MIB, 65536)]),
+    ] {
+        let map = mount.read(&format!("backups/b/since/{checkpoint}/vda.map"));
+        assert_eq!(model::dirty_extents(&parse_map(&map)), dirty);
+    }
+    assert_eq!(errno(mount.mkdir("checkpoints/no")), libc::EOPNOTSUPP);
+    assert!(mount.last_error().contains("was not running"));
+    mount.rmdir("backups/b").unwrap();
+    assert_eq!(errno(mount.rmdir("checkpoints/mon")), libc::EROFS);
+    let started = libvirtd.try_virsh(&["start", "vm"]).unwrap_err();
+    assert!(started.contains("lock"), "{started}");
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+    assert!(before == std::fs::read(libvirtd.image("vda")).unwrap());
+    libvirtd.virsh(&["start", "--paused", "vm"]);
+    let still = libvirtd.virsh(&["checkpoint-dumpxml", "--size", "vm", "mon"]);
+    assert!(still.contains("size='131072'"), "{still}");
 }

@@ -39,12 +39,29 @@ pub(super) struct Daemon {
     nodes: Vec<String>,
 }
 
+/// An image to open.
+pub(super) struct Wanted {
+    pub(super) target: String,
+    pub(super) path: PathBuf,
+    /// Its format, where it is not to be told from the content.
+    pub(super) format: Option<String>,
+    /// Nothing is to be written to it, no bitmap either.
+    pub(super) read_only: bool,
+}
+
 /// Opens the images, in the order of the domain's disks: `vda`, `vdb` and so on.
 pub(super) fn open(images: &[PathBuf], places: &Places) -> Result<Qemu> {
-    let images = images
+    let wanted: Vec<Wanted> = images
         .iter()
-        .map(|path| Image::inspect(path, places.format.as_deref()))
-        .collect::<Result<Vec<_>>>()?;
+        .enumerate()
+        .map(|(index, path)| Wanted {
+            target: target(index),
+            path: path.clone(),
+            format: places.format.clone(),
+            read_only: false,
+        })
+        .collect();
+    let images = inspect(&wanted)?;
     let Some(first) = images.first() else {
         return Err(Error::new(Kind::Invalid, "no image given"));
     };
@@ -60,6 +77,20 @@ pub(super) fn open(images: &[PathBuf], places: &Places) -> Result<Qemu> {
             None => qemu::path_name(&first.path),
         },
     };
+    serve(images, info, places)
+}
+
+/// Opens images of a domain that somebody else describes.
+#[cfg(feature = "libvirt")]
+pub(super) fn open_images(wanted: &[Wanted], info: DomainInfo, places: &Places) -> Result<Qemu> {
+    serve(inspect(wanted)?, info, places)
+}
+
+fn inspect(wanted: &[Wanted]) -> Result<Vec<Image>> {
+    wanted.iter().map(Image::inspect).collect()
+}
+
+fn serve(images: Vec<Image>, info: DomainInfo, places: &Places) -> Result<Qemu> {
     wait_for_the_dead(&images, places);
 
     let rundir = RunDir::create(&places.runtime)?;
@@ -75,7 +106,7 @@ pub(super) fn open(images: &[PathBuf], places: &Places) -> Result<Qemu> {
         Error::new(Kind::Io, format!("{PROGRAM} did not start: {why}"))
     })?;
     let mut roots = Vec::new();
-    for (index, image) in images.iter().enumerate() {
+    for (index, image) in images.into_iter().enumerate() {
         let node = format!("disk{index}");
         daemon.nodes.push(node.clone());
         if let Err(e) = image.add(&link, &node) {
@@ -85,7 +116,7 @@ pub(super) fn open(images: &[PathBuf], places: &Places) -> Result<Qemu> {
             }
             return Err(e);
         }
-        roots.push((target(index), node));
+        roots.push((image.target, node));
     }
     Ok(Qemu::new(
         link,
@@ -113,14 +144,17 @@ fn target(mut index: usize) -> String {
 
 /// An image and how to open it.
 struct Image {
+    target: String,
     path: PathBuf,
     format: String,
     device: bool,
+    read_only: bool,
 }
 
 impl Image {
     /// Looks at the file; the format is the given one, or is told from the content where that is safe.
-    fn inspect(path: &Path, format: Option<&str>) -> Result<Self> {
+    fn inspect(wanted: &Wanted) -> Result<Self> {
+        let path = &wanted.path;
         let failed = |e: io::Error| {
             let kind = match e.kind() {
                 ErrorKind::NotFound => Kind::NotFound,
@@ -144,21 +178,24 @@ impl Image {
         let mut head = Vec::new();
         let mut file = File::open(&path).map_err(failed)?.take(4);
         file.read_to_end(&mut head).map_err(failed)?;
-        let format = match format {
-            Some(format) => format.to_owned(),
+        let format = match &wanted.format {
+            Some(format) => format.clone(),
             None => guess(&path, &head, kind.is_block_device())?.to_owned(),
         };
         Ok(Self {
+            target: wanted.target.clone(),
             path,
             format,
             device: kind.is_block_device(),
+            read_only: wanted.read_only,
         })
     }
 
     fn add(&self, link: &Link, node: &str) -> Result<()> {
         let protocol = if self.device { "host_device" } else { "file" };
         let options: Value = json!({
-            "driver": self.format, "node-name": node, "read-only": false, "auto-read-only": true,
+            "driver": self.format, "node-name": node,
+            "read-only": self.read_only, "auto-read-only": !self.read_only,
             "file": {"driver": protocol, "filename": self.path.display().to_string()},
         });
         link.blockdev_add(options).map_err(|e| {

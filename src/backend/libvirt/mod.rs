@@ -34,6 +34,7 @@ mod guard;
 mod link;
 mod look;
 mod session;
+mod stopped;
 
 /// How long is waited for a planned time. A clock that was set back is not waited for.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
@@ -86,15 +87,11 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
         key: format!("libvirt-{uuid}"),
         uuid: Some(uuid.clone()),
     };
-    if !active {
-        return Err(Error::new(
-            Kind::NotConnected,
-            format!("domain {} is not running", info.name),
-        )
-        .hint("start it with virsh start, or mount its images"));
-    }
     let link = Link::by_uuid(&places.uri, &uuid, places.timeout);
     let look = look::look(&link, false)?;
+    if !active {
+        return Ok(Arc::new(stopped::open(link, &look, info, places)?));
+    }
     let rundir = RunDir::create(&places.runtime)?;
     if let Some((uid, gid)) = look.domain.owner {
         rundir.give_to(uid, gid)?;
@@ -258,6 +255,23 @@ fn choices(new: &NewCheckpoint) -> Result<()> {
     Ok(())
 }
 
+/// Removes a checkpoint from libvirt's record; its bitmaps stay.
+fn forget(link: &Link, name: &Name) -> Result<()> {
+    let name = name.to_string();
+    link.call("forget a checkpoint", move |domain| {
+        let metadata = sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY;
+        domain.checkpoint(&name)?.delete(metadata)
+    })
+}
+
+fn no_rename() -> Error {
+    Error::new(
+        Kind::Unsupported,
+        "libvirt cannot give a checkpoint another name",
+    )
+    .hint("make another one, and delete this one when it is no longer needed")
+}
+
 impl Backend for Libvirt {
     fn info(&self) -> DomainInfo {
         self.info.clone()
@@ -346,11 +360,7 @@ impl Backend for Libvirt {
     }
 
     fn forget_checkpoint(&self, name: &Name) -> Result<()> {
-        let name = name.to_string();
-        self.shared.link.call("forget a checkpoint", move |domain| {
-            let metadata = sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY;
-            domain.checkpoint(&name)?.delete(metadata)
-        })
+        forget(&self.shared.link, name)
     }
 
     fn redefine_checkpoint(&self, again: &Checkpoint, validate: bool) -> Result<()> {
@@ -367,11 +377,7 @@ impl Backend for Libvirt {
     }
 
     fn rename_checkpoint(&self, _: &[RenameBitmap]) -> Result<()> {
-        Err(Error::new(
-            Kind::Unsupported,
-            "libvirt cannot give a checkpoint another name",
-        )
-        .hint("make another one, and delete this one when it is no longer needed"))
+        Err(no_rename())
     }
 
     fn only_base(&self) -> Option<&'static str> {
