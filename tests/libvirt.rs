@@ -48,6 +48,8 @@ fn checkpoints_are_libvirts() {
     };
     libvirtd.domain(&[8 * MIB, 4 * MIB]);
     libvirtd.virsh(&["checkpoint-create-as", "vm", "theirs"]);
+    let listed = run(common::mount::FLEECEFS, &["list", "--uri", &libvirtd.uri()]);
+    assert!(listed.contains(" libvirt:vm   running"), "{listed}");
     let mount = mount(&libvirtd, Home::new());
     assert_eq!(mount.list("checkpoints"), ["theirs"]);
     mount.mkdir("checkpoints/ours").unwrap();
@@ -131,6 +133,8 @@ fn backups_read_right_and_list_what_changed() {
         } else {
             let base = format!("b{}", round - 1);
             assert_eq!(since, std::slice::from_ref(&base), "the base only");
+            let status = mount.read(&format!("backups/{name}/status"));
+            assert!(status.contains("since-base-only-because"), "{status}");
             let map = parse_map(&mount.read(&format!("backups/{name}/since/{base}/vda.map")));
             assert_eq!(
                 model::show(&model::dirty_extents(&map)),

@@ -9,6 +9,7 @@ use crate::model::{
     Extents, JobId, JobState, Name, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
 };
 
+pub mod found;
 #[cfg(feature = "libvirt")]
 mod libvirt;
 mod over_nbd;

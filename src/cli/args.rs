@@ -25,6 +25,14 @@ pub(super) enum Command {
     ///
     /// Returns when nothing is left behind in the domain.
     Umount(Umount),
+    /// List what can be mounted: libvirt's domains, and QMP sockets in the usual places
+    ///
+    /// The places are /run, /run/qemu, /run/qemu-server and $XDG_RUNTIME_DIR, the names those that end
+    /// in qmp, fleece or qmp.sock.
+    #[command(after_help = "\
+Example:
+  fleecefs list")]
+    List(Sources),
     /// List, delete and describe checkpoints
     ///
     /// They are made with mkdir, deleted with rmdir and renamed with mv; these do what that cannot.
@@ -102,6 +110,13 @@ pub(super) struct List {
     pub(super) no_size: bool,
     /// The mount point
     pub(super) dir: std::path::PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Sources {
+    /// Where libvirt is
+    #[arg(long, default_value = "qemu:///system")]
+    pub(super) uri: String,
 }
 
 #[derive(Debug, clap::Args)]

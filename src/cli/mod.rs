@@ -4,6 +4,7 @@
 //!   fleecefs mount ── daemon ──▶ starts itself again with --ready, waits for "ready", looks, returns
 //!                 └── serve  ──▶ source, state, domain, mount; waits for the end; ends everything
 //!   fleecefs umount ─▶ umount(2), waits until the daemon is gone
+//!   fleecefs list ───▶ what there is to mount
 //!   fleecefs checkpoint, jobs, events ─▶ read the mounted tree, as any program does
 //! ```
 
@@ -12,6 +13,7 @@ mod checkpoint;
 mod daemon;
 mod events;
 mod jobs;
+mod list;
 mod logging;
 mod mounted;
 mod options;
@@ -40,6 +42,7 @@ pub fn main() -> ExitCode {
         Command::Mount(mount) => daemon::start(&mount),
         Command::Umount(umount) => umount::run(&umount),
         Command::Checkpoint(command) => checkpoint::run(&command),
+        Command::List(sources) => list::run(&sources),
         Command::Jobs(jobs) => jobs::run(&jobs),
         Command::Events(events) => events::run(&events),
     };

@@ -44,6 +44,8 @@ pub struct Backup {
     /// Where other NBD clients can read the disks, if anywhere.
     pub(super) server: Option<ServerAddress>,
     pub(super) tables: Arc<Tables>,
+    /// Why changes are known since the base only, where that is so.
+    pub(super) only_base: Option<&'static str>,
     /// It holds `current/`, until it ends.
     pub(super) current: bool,
     /// Its place among the backups that run at the same time.
@@ -167,6 +169,11 @@ impl Backup {
     /// Every checkpoint that can be trusted on at least one disk, oldest first.
     pub fn since(&self) -> &[Since] {
         &self.since
+    }
+
+    /// Why changes are known since the base only, where that is so.
+    pub fn only_base(&self) -> Option<&'static str> {
+        self.only_base
     }
 
     /// The disks, in the domain's order.

@@ -180,6 +180,7 @@ impl Domain {
             disks: own_disks,
             server: server.cloned(),
             tables: Arc::clone(&self.tables),
+            only_base: self.backend.only_base(),
             current: running.iter().all(|b| !b.current),
             slot: (1..=u8::MAX).find(|slot| running.iter().all(|b| b.slot != Some(*slot))),
             frozen,

@@ -91,12 +91,15 @@ pub(super) fn pull(backup: &Backup) -> String {
         .plain("bytes-pulled", backup.bytes_pulled())
         .plain("scratch-used", backup.scratch_used())
         .number_or_none("scratch-limit", backup.scratch_limit())
-        .truth("current", backup.holds_current())
-        .nested("disks", |y| {
-            for disk in backup.disks() {
-                y.nested(disk.target(), |y| pull_disk(y, backup, disk));
-            }
-        });
+        .truth("current", backup.holds_current());
+    if let Some(why) = backup.only_base() {
+        y.string("since-base-only-because", why);
+    }
+    y.nested("disks", |y| {
+        for disk in backup.disks() {
+            y.nested(disk.target(), |y| pull_disk(y, backup, disk));
+        }
+    });
     y.finish()
 }
 

@@ -114,6 +114,35 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
     }))
 }
 
+/// The names of libvirt's domains, and whether they run. Bounded like every call.
+pub(super) fn list(uri: &str, timeout: Duration) -> Result<Vec<(String, bool)>> {
+    let (answer, answered) = crossbeam_channel::bounded(1);
+    let place = uri.to_owned();
+    let ask = move || {
+        let found = ffi::Connection::open(&place).and_then(|connection| {
+            let domains = connection.domains()?;
+            let mut all = domains
+                .iter()
+                .map(|domain| Ok((domain.name(), domain.is_active()?)))
+                .collect::<ffi::Result<Vec<_>>>()?;
+            all.sort();
+            Ok(all)
+        });
+        // Nobody may wait any more.
+        let _ = answer.send(found);
+    };
+    let thread = std::thread::Builder::new().name("libvirt".to_owned());
+    let asked = thread.spawn(ask).is_ok();
+    match answered.recv_timeout(timeout) {
+        Ok(found) => found.map_err(|fault| link::explain(&fault).during(uri)),
+        Err(_) if asked => Err(Error::new(
+            Kind::TimedOut,
+            format!("{uri} did not answer within {} s", timeout.as_secs()),
+        )),
+        Err(_) => Err(Error::new(Kind::Io, "no thread to ask libvirt in")),
+    }
+}
+
 impl Shared {
     fn notify(&self, notice: Notice) {
         if let Some(listener) = self.listener.get() {
