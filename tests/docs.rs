@@ -491,13 +491,13 @@ const QUOTES: &[(&str, &str, &str, &str)] = &[
     (
         "docs/semantics.md",
         "less than 1 GiB",
-        "src/backend/qemu/scratch.rs",
+        "src/backend/scratch.rs",
         "RESERVE: u64 = 1 << 30",
     ),
     (
         "docs/semantics.md",
         "less than a twentieth",
-        "src/backend/qemu/scratch.rs",
+        "src/backend/scratch.rs",
         "unit / 20",
     ),
     (
@@ -515,7 +515,7 @@ const QUOTES: &[(&str, &str, &str, &str)] = &[
     (
         "docs/performance.md",
         "up to eight NBD connections",
-        "src/backend/qemu/frozen.rs",
+        "src/backend/over_nbd.rs",
         "CONNECTIONS: usize = 8",
     ),
     // Flaws of a checkpoint.
