@@ -4,12 +4,14 @@
 //!   fleecefs mount ── daemon ──▶ starts itself again with --ready, waits for "ready", looks, returns
 //!                 └── serve  ──▶ source, state, domain, mount; waits for the end; ends everything
 //!   fleecefs umount ─▶ umount(2), waits until the daemon is gone
+//!   fleecefs restore ─▶ files in, one file out; no mount, no daemon
 //! ```
 
 mod args;
 mod daemon;
 mod logging;
 mod options;
+mod restore;
 mod serve;
 mod umount;
 
@@ -32,6 +34,7 @@ pub fn main() -> ExitCode {
         Command::Mount(mount) if mount.foreground => serve::in_foreground(&mount),
         Command::Mount(mount) => daemon::start(&mount),
         Command::Umount(umount) => umount::run(&umount),
+        Command::Restore(restore) => restore::run(&restore),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
