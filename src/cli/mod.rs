@@ -5,6 +5,7 @@
 //!                 └── serve  ──▶ source, state, domain, mount; waits for the end; ends everything
 //!   fleecefs umount ─▶ umount(2), waits until the daemon is gone
 //!   fleecefs checkpoint, jobs, events ─▶ read the mounted tree, as any program does
+//!   fleecefs restore ─▶ files in, one file out; no mount, no daemon
 //! ```
 
 mod args;
@@ -15,6 +16,7 @@ mod jobs;
 mod logging;
 mod mounted;
 mod options;
+mod restore;
 mod serve;
 mod status;
 mod table;
@@ -42,6 +44,7 @@ pub fn main() -> ExitCode {
         Command::Checkpoint(command) => checkpoint::run(&command),
         Command::Jobs(jobs) => jobs::run(&jobs),
         Command::Events(events) => events::run(&events),
+        Command::Restore(restore) => restore::run(&restore),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
