@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::domain::{content, fixture, name, open, places, since};
 use common::tools::{self, need};
 use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
-use fleecefs::model::{Change, Kind};
+use fleecefs::model::{Change, Happening, Kind};
 
 const MIB: u64 = 1 << 20;
 const GRANULE: u64 = 65536;
@@ -418,5 +418,46 @@ fn a_qemu_that_is_gone_ends_its_backups_and_may_come_back() {
     );
     domain.end_backup(&name("mon")).unwrap();
     assert!(domain.backups().is_empty());
+    domain.close().unwrap();
+}
+
+/// Whoever listens is told when scratch space gets short, and when that ended the backup. The guest
+/// goes on.
+#[test]
+fn events_tell_of_short_scratch_space() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    image::create(&path, "qcow2", 64 * MIB, "");
+    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused().start();
+    qemu.guest_write("vda", 0, 64 * MIB, 1);
+    let mut places = places(dir.path());
+    places.scratch_limit = Some(16 * MIB);
+    let domain = open(&qemu.socket(), &places, dir.path());
+    let events = domain.subscribe();
+    let backup = domain.begin_backup(name("mon")).unwrap();
+    qemu.guest_write("vda", 0, 4 * MIB, 2);
+    qemu.guest_write("vda", 4 * MIB, 9 * MIB, 3);
+    let deadline = Duration::from_secs(20);
+    match events.recv_timeout(deadline).unwrap().what {
+        Happening::ScratchThreshold {
+            id, used, limit, ..
+        } => {
+            assert_eq!((id, limit), (backup.id(), 16 * MIB));
+            assert!(used >= 12 * MIB && used <= limit, "{used}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(backup.failure().is_none());
+    qemu.guest_write("vda", 20 * MIB, 20 * MIB, 4);
+    match events.recv_timeout(deadline).unwrap().what {
+        Happening::JobCompleted { outcome, .. } => {
+            assert_eq!(outcome.unwrap_err().kind(), Kind::NoSpace);
+        }
+        other => panic!("{other:?}"),
+    }
+    qemu.guest_write("vda", 0, 64 * MIB, 5);
+    domain.end_backup(&name("mon")).unwrap();
+    assert_eq!(events.try_iter().count(), 0, "told once");
     domain.close().unwrap();
 }
