@@ -601,3 +601,23 @@ fn what_is_quoted_is_still_so() {
         );
     }
 }
+
+/// Every row of the RFC's table names the test that makes the call on a real QEMU.
+#[test]
+fn the_calls_of_the_rfc_are_tested() {
+    let dir = top().join("tests");
+    let sources: String = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "rs"))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
+    let document = read("docs/rfc.md");
+    let table = document.split("\n## ").next().unwrap();
+    let rows = rows(table);
+    assert!(rows.len() > 20, "{} rows", rows.len());
+    for row in rows {
+        let test = unquoted(row.last().unwrap());
+        assert!(sources.contains(&format!("fn {test}()")), "no test {test}");
+    }
+}
