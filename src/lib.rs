@@ -7,6 +7,7 @@
 //! | layer | what it is |
 //! |---|---|
 //! | [`cli`] | the command line, mounting and daemon life |
+//! | [`restore`] | puts a disk together from what backups left: files, no mount |
 //! | [`fuse`] | decodes kernel requests, calls [`vfs`], replies |
 //! | [`vfs`] | names, inodes, open files, in types of its own |
 //! | [`engine`] | life cycles of checkpoints and backups: a [`engine::Domain`] |
@@ -22,6 +23,7 @@ pub mod fuse;
 pub mod model;
 pub mod nbd;
 pub mod qmp;
+pub mod restore;
 pub mod vfs;
 pub mod view;
 pub mod xml;

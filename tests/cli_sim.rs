@@ -105,6 +105,11 @@ fn kill(pid: u32, signal: i32) {
     assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
 }
 
+fn told(output: &Output) -> &str {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
 fn said(output: &Output, words: &str) {
     assert!(!output.status.success());
     let stderr = text(&output.stderr);
@@ -225,6 +230,141 @@ fn refusals_are_one_sentence() {
 }
 
 #[test]
+fn checkpoints_listed_described_deleted() {
+    let Some(place) = Place::new() else { return };
+    let run = |args: &[&str]| place.run(&[&["checkpoint"], args, &["mnt"]].concat());
+    assert_eq!(
+        told(&run(&["list"])),
+        " Name   Creation Time   Size\n------------------------------\n"
+    );
+    for name in ["sun", "mon", "tue", "wed"] {
+        fs::create_dir(place.path("mnt/checkpoints").join(name)).unwrap();
+    }
+    let list = run(&["list", "--parent"]);
+    let lines: Vec<&str> = told(&list).lines().collect();
+    assert_eq!(lines.len(), 6, "{lines:?}");
+    let words: Vec<&str> = lines[2].split_whitespace().collect();
+    assert_eq!((words[0], words[3]), ("mon", "+0000"));
+    assert_eq!(words[4..], ["sun", "0", "B"]);
+    assert_eq!(
+        told(&run(&["list", "--tree", "--no-size"])),
+        "sun\n  |\n  +- mon\n      |\n      +- tue\n          |\n          +- wed\n\n"
+    );
+    assert!(told(&run(&["list", "--tree", "--from", "tue"])).starts_with("tue  0 B\n  |\n"));
+    said(
+        &run(&["list", "--from", "none"]),
+        "there is no checkpoint none",
+    );
+
+    let file = fs::read_to_string(place.path("mnt/checkpoints/mon/checkpoint.xml")).unwrap();
+    assert_eq!(told(&run(&["dump", "mon"])), file);
+    assert!(file.contains("<domain>") && !file.contains("size="));
+    let dump = run(&["dump", "--no-domain", "--size", "mon"]);
+    let dump = told(&dump);
+    assert!(
+        !dump.contains("<domain>") && dump.contains("size=\"0\""),
+        "{dump}"
+    );
+    said(
+        &run(&["dump", "../checkpoints/mon"]),
+        "there is no checkpoint ../checkpoints/mon",
+    );
+
+    // A backup lists what changed since all of them but the newest.
+    fs::create_dir(place.path("mnt/backups/thu")).unwrap();
+    let children = run(&["delete", "--children", "tue"]);
+    said(
+        &children,
+        "deleted thu, but then: delete checkpoint wed: checkpoint wed is in use: backup thu",
+    );
+    fs::remove_dir(place.path("mnt/backups/thu")).unwrap();
+    assert!(told(&run(&["delete", "--children-only", "mon"])).is_empty());
+    assert_eq!(
+        told(&run(&["list", "--topological", "--no-size"]))
+            .lines()
+            .count(),
+        4
+    );
+    assert!(told(&run(&["delete", "mon"])).is_empty());
+    assert!(!place.path("mnt/checkpoints/mon").exists());
+    said(&run(&["delete", "mon"]), "there is no checkpoint mon");
+    said(
+        &place.run(&["checkpoint", "list", "state"]),
+        "state is not a mounted fleecefs",
+    );
+}
+
+#[test]
+fn backups_listed() {
+    let Some(place) = Place::new() else { return };
+    fs::create_dir(place.path("mnt/backups/tue")).unwrap();
+    fs::create_dir(place.path("mnt/backups/mon")).unwrap();
+    assert_eq!(
+        told(&place.run(&["jobs", "mnt"])),
+        " Id   Name   Mode   State     Done   Total\n\
+         ----------------------------------------------\n \
+         1    tue    pull   running   0 B    4.0 MiB\n \
+         2    mon    pull   running   0 B    4.0 MiB\n"
+    );
+}
+
+#[test]
+fn events_end_with_the_mount() {
+    let Some(place) = Place::new() else { return };
+    let mut command = place.command(&["events", "--all", "mnt"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(child.try_wait().unwrap().is_none(), "it goes on");
+    // It looks for a moment now and then, which can be this one.
+    until(|| place.umount(&[]).status.success());
+    let output = child.wait_with_output().unwrap();
+    told(&output);
+    assert_eq!(text(&output.stderr), "fleecefs: the mount on mnt has ended");
+}
+
+/// Closing what was only read asks nobody: a tool that reads thousands of files pays for each request.
+#[test]
+fn only_documents_are_flushed() {
+    let Some(place) = Place::new() else { return };
+    assert!(place.umount(&[]).status.success());
+    let args = [&Place::options()[..], &["-f", "sim:4", "mnt"]].concat();
+    let mut command = place.command(&args);
+    let child = command
+        .env("RUST_LOG", "fuser=debug")
+        .stderr(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let log = std::thread::spawn(move || {
+        let mut log = String::new();
+        std::io::Read::read_to_string(&mut stderr, &mut log).map(|_| log)
+    });
+    until(|| place.path("mnt/status").exists());
+    fs::create_dir(place.path("mnt/backups/tue")).unwrap();
+    let files = [
+        "status",
+        "domain.xml",
+        "events",
+        "backups/tue/disk.raw",
+        "backups/tue/control",
+    ];
+    for file in files {
+        fs::read(place.path("mnt").join(file)).unwrap();
+    }
+    assert!(fs::write(place.path("mnt/backups/tue/control"), "stop").is_err());
+    drop(File::create(place.path("mnt/backups/wed.xml")).unwrap());
+    assert!(place.umount(&[]).status.success());
+    assert!(child.wait().unwrap().success());
+    let log = log.join().unwrap().unwrap();
+    let count = |word: &str| log.lines().filter(|l| l.contains(word)).count();
+    assert!(count("Release") + count("RELEASE") > files.len(), "{log}");
+    assert_eq!(count("Flush") + count("FLUSH"), 1, "{log}");
+}
+
+#[test]
 fn help_and_version() {
     let run = |args: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
@@ -235,6 +375,7 @@ fn help_and_version() {
     assert!(run(&["--help"]).contains("fleecefs mount qmp:/run/vm.fleece /mnt/vm"));
     assert!(run(&["mount", "--help"]).contains("scratch-limit=SIZE"));
     assert!(!run(&["mount", "--help"]).contains("--ready"));
+    assert!(run(&["checkpoint", "list", "--help"]).contains("list --tree /mnt/vm"));
     assert_eq!(
         run(&["--version"]),
         format!("fleecefs {}\n", env!("CARGO_PKG_VERSION"))

@@ -3,8 +3,10 @@
 //! FLEECEFS_TESTS_STRICT is set.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +19,9 @@ use fleecefs::engine::{Domain, Options, Store};
 use fleecefs::fuse::{self, MountOptions, Mounted, Unmounted};
 use fleecefs::model::Kind;
 use fleecefs::vfs::{Facts, Vfs};
+
+#[path = "mount_sim/writing.rs"]
+mod writing;
 
 const SIZE: usize = 4 << 20;
 
@@ -117,6 +122,16 @@ fn content() -> Vec<u8> {
 
 fn errno<T>(result: io::Result<T>) -> i32 {
     result.err().and_then(|e| e.raw_os_error()).unwrap_or(0)
+}
+
+fn rename2(from: &Path, to: &Path, flags: u32) -> i32 {
+    let c = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap();
+    let (from, to) = (c(from), c(to));
+    // SAFETY: two strings that end in a zero.
+    match unsafe { libc::renameat2(-1, from.as_ptr(), -1, to.as_ptr(), flags) } {
+        0 => 0,
+        _ => io::Error::last_os_error().raw_os_error().unwrap(),
+    }
 }
 
 fn until(what: &str, f: impl Fn() -> bool) {
@@ -314,12 +329,19 @@ fn errno_through_the_kernel() {
     assert_eq!(errno(fs::hard_link(&raw, m.path("backups/x"))), libc::EPERM);
     assert_eq!(errno(fs::remove_file(&raw)), libc::EPERM);
     assert_eq!(errno(fs::rename(&raw, m.path("backups/x"))), libc::EPERM);
+    let mon = m.path("checkpoints/mon");
+    let mv = |to: &str| errno(fs::rename(&mon, m.path(to)));
+    assert_eq!(mv("checkpoints/tue"), libc::EEXIST);
+    assert_eq!(mv("checkpoints/a b"), libc::EINVAL);
+    assert_eq!(mv("backups/mon"), libc::EPERM);
+    assert_eq!(mv("checkpoints/mon"), 0);
     assert_eq!(
-        errno(fs::rename(
-            m.path("checkpoints/mon"),
-            m.path("checkpoints/x")
-        )),
-        libc::EPERM
+        rename2(&mon, &m.path("checkpoints/tue"), libc::RENAME_EXCHANGE),
+        libc::EINVAL
+    );
+    assert_eq!(
+        rename2(&mon, &m.path("checkpoints/tue"), libc::RENAME_NOREPLACE),
+        libc::EEXIST
     );
     assert_eq!(errno(fs::remove_dir(m.path("backups"))), libc::EPERM);
     assert_eq!(

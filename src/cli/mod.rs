@@ -1,16 +1,25 @@
-//! The command line: what is asked for, mounting, daemon life, unmounting.
+//! The command line: what is asked for, mounting, daemon life, unmounting, looking.
 //!
 //! ```text
 //!   fleecefs mount ── daemon ──▶ starts itself again with --ready, waits for "ready", looks, returns
 //!                 └── serve  ──▶ source, state, domain, mount; waits for the end; ends everything
 //!   fleecefs umount ─▶ umount(2), waits until the daemon is gone
+//!   fleecefs checkpoint, jobs, events ─▶ read the mounted tree, as any program does
+//!   fleecefs restore ─▶ files in, one file out; no mount, no daemon
 //! ```
 
 mod args;
+mod checkpoint;
 mod daemon;
+mod events;
+mod jobs;
 mod logging;
+mod mounted;
 mod options;
+mod restore;
 mod serve;
+mod status;
+mod table;
 mod umount;
 
 use std::process::ExitCode;
@@ -32,6 +41,10 @@ pub fn main() -> ExitCode {
         Command::Mount(mount) if mount.foreground => serve::in_foreground(&mount),
         Command::Mount(mount) => daemon::start(&mount),
         Command::Umount(umount) => umount::run(&umount),
+        Command::Checkpoint(command) => checkpoint::run(&command),
+        Command::Jobs(jobs) => jobs::run(&jobs),
+        Command::Events(events) => events::run(&events),
+        Command::Restore(restore) => restore::run(&restore),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -408,8 +408,8 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        guarded("setattr", || {
-            reply_attr(reply, self.vfs.setattr(Ino(ino.0), size));
+        self.answer("setattr", ino, Ask::Write, move |vfs| {
+            reply_attr(reply, vfs.setattr(Ino(ino.0), size));
         });
     }
 

@@ -31,7 +31,7 @@ pub fn show_size(bytes: u64) -> String {
         return format!("{bytes} B");
     };
     // Cut, not rounded: a job that is nearly done is not shown as done.
-    let tenths = u128::from(bytes) * 10 >> (10 * exponent);
+    let tenths = (u128::from(bytes) * 10) >> (10 * exponent);
     format!("{}.{} {unit}", tenths / 10, tenths % 10)
 }
 

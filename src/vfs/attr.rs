@@ -56,7 +56,8 @@ impl Vfs {
                 self.job(job).is_ok_and(|job| job.mode() == Mode::Push)
             }
             (Node::BackupControl(_) | Node::CheckpointControl(_), Ask::Write) => true,
-            (Node::BackupDraft(_) | Node::CheckpointDraft(_), Ask::Flush) => true,
+            // Writing may have to wait until an earlier close was answered.
+            (Node::BackupDraft(_) | Node::CheckpointDraft(_), Ask::Write | Ask::Flush) => true,
             _ => false,
         }
     }

@@ -8,9 +8,11 @@
 //! follow and a later close to try again.
 //!
 //! ```text
-//!              write                     close              ┌─ done ──▶ Taken
-//!   Written ◀──────── Refused    Written ──────▶ Trying ────┤
-//!                                                           └─ refused ──▶ Refused
+//!             ┌── write ──┐
+//!             ▼           │
+//!   ──────▶ Written ──▶ Refused
+//!             │  close
+//!             └───────▶ Taken
 //! ```
 //!
 //! A name shows only a document that was never tried. From then on it is what its open file has,
@@ -38,7 +40,7 @@ pub(super) struct Draft {
     node: Node,
     /// The checkpoint or backup that it describes.
     name: Name,
-    /// One try at a time: held while the domain is asked.
+    /// Held by whoever changes it or has it done, which may take as long as the domain does.
     turn: Mutex<()>,
     text: Mutex<Text>,
 }
@@ -54,8 +56,6 @@ struct Text {
 enum Stage {
     /// There may be something that was not tried.
     Written,
-    /// The domain is being asked.
-    Trying,
     /// As it is, it was refused.
     Refused(Error),
     /// It was done.
@@ -99,7 +99,8 @@ impl Draft {
         part.len()
     }
 
-    /// Puts `bytes` at `offset`. EFBIG beyond what a document may hold, EBUSY once it was done.
+    /// Puts `bytes` at `offset`. EFBIG beyond what a document may hold, EBUSY once it was done. Waits
+    /// while the domain is asked.
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(bytes.len());
@@ -123,23 +124,23 @@ impl Draft {
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<u8>) -> Result<()>) -> Result<()> {
+        let _turn = self.turn.lock();
         let mut text = self.text.lock();
-        let busy = |what: &str| {
-            Err(Error::new(
+        if matches!(text.stage, Stage::Taken) {
+            let name = self.file_name();
+            return Err(Error::new(
                 Kind::Busy,
-                format!("{} {what}", self.file_name()),
-            ))
-        };
-        match text.stage {
-            Stage::Written | Stage::Refused(_) => {
-                change(&mut text.bytes)?;
-                text.stage = Stage::Written;
-                text.changed = SystemTime::now();
-                Ok(())
-            }
-            Stage::Trying => busy("was closed, and what it says is being done now"),
-            Stage::Taken => busy("was closed, and what it says was done: nothing can be added"),
+                format!("{name} was closed, and what it says was done: nothing can be added"),
+            ));
         }
+        let changed = change(&mut text.bytes);
+        text.changed = SystemTime::now();
+        text.stage = match &changed {
+            Ok(()) => Stage::Written,
+            // What there is of it is not what was meant.
+            Err(error) => Stage::Refused(error.clone()),
+        };
+        changed
     }
 
     /// Has `act` do what the document says, unless that was tried already: then the same outcome
@@ -154,7 +155,6 @@ impl Draft {
                 _ if text.bytes.is_empty() => return Ok(()),
                 _ => {}
             }
-            text.stage = Stage::Trying;
             text.tried = true;
             text.bytes.clone()
         };
@@ -390,6 +390,11 @@ mod tests {
         }
         assert_eq!(draft.truncate(u64::MAX).unwrap_err().kind(), Kind::TooLarge);
         assert_eq!(draft.extent().0, MAX_BYTES);
+        assert_eq!(
+            close(&draft),
+            (vec![], Some(Kind::TooLarge)),
+            "not a part of it"
+        );
     }
 
     #[test]

@@ -129,7 +129,7 @@ pub enum Ask {
     Open,
     /// [`lseek`](super::Vfs::lseek)
     Seek,
-    /// [`write`](super::Vfs::write)
+    /// [`write`](super::Vfs::write), [`setattr`](super::Vfs::setattr)
     Write,
     /// [`flush`](super::Vfs::flush)
     Flush,

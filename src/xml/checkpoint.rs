@@ -183,6 +183,21 @@ impl CheckpointDocument {
     }
 }
 
+impl DomainReference {
+    /// Reads a `<domain>` document, of which name and UUID are kept.
+    pub fn read(bytes: &[u8]) -> Result<Self, Error> {
+        let source = tree::source(bytes)?;
+        let root = tree::parse(&source)?;
+        if root.name != "domain" {
+            return Err(root.place.refuse(format!(
+                "<{}> stands where <domain> is needed",
+                super::error::Clipped(root.name)
+            )));
+        }
+        read_domain(root)
+    }
+}
+
 impl CheckpointDocumentDisk {
     fn write_to(&self, out: &mut Out) -> std::io::Result<()> {
         let taking_part = self.bitmap.as_ref();
@@ -286,6 +301,20 @@ fn read_domain(element: Element<'_>) -> Result<DomainReference, Error> {
 mod tests {
     use super::*;
     use crate::model::CheckpointDisk;
+
+    #[test]
+    fn a_domains_name_and_uuid() {
+        let info = DomainInfo {
+            name: "a<b".into(),
+            uuid: Some("u".into()),
+            key: "k".into(),
+        };
+        let text = crate::xml::domain(&info, &[]);
+        let read = DomainReference::read(text.as_bytes()).unwrap();
+        assert_eq!((read.name, read.uuid), (Some(info.name), info.uuid));
+        let said = DomainReference::read(b"<domainbackup/>").unwrap_err();
+        assert!(said.to_string().contains("<domain> is needed"), "{said}");
+    }
 
     #[test]
     fn libvirts_form() {

@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | `<domaincheckpoint>` | [`CheckpointDocument::read`] | [`CheckpointDocument::write`] | `docs/domaincheckpoint.rng` |
 //! | `<domainbackup>` | [`BackupDocument::read`] | [`BackupDocument::write`] | `docs/domainbackup.rng` |
-//! | `<domain>` | | [`domain()`] | |
+//! | `<domain>` | [`DomainReference::read`] | [`domain()`] | |
 //!
 //! What is written can be read again and says the same. What is unknown is left out rather than
 //! made up. Characters that XML cannot hold at all (a file name may have them) are written as

@@ -352,6 +352,7 @@ impl Backend for Qemu {
                 Some(pid) if rundir::is_running(pid) => continue,
                 _ => {}
             }
+            rundir::remove_targets(&dir);
             let _ = std::fs::remove_dir_all(&dir);
         }
         Ok(())

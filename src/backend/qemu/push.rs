@@ -114,11 +114,11 @@ impl Part {
     }
 
     /// Makes and opens the target.
-    fn prepare(&self, monitor: &Monitor) -> Result<()> {
+    fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<()> {
         let path = Path::new(self.target.image.path());
         let driver = match &self.target.image {
             Image::File(_) => {
-                self.prepare_file(path, monitor)?;
+                self.prepare_file(shared, path, monitor)?;
                 "file"
             }
             Image::Block(_) => {
@@ -156,7 +156,7 @@ impl Part {
         monitor.blockdev_add(node)
     }
 
-    fn prepare_file(&self, path: &Path, monitor: &Monitor) -> Result<()> {
+    fn prepare_file(&self, shared: &Shared, path: &Path, monitor: &Monitor) -> Result<()> {
         let peer = monitor.client().peer();
         if !self.target.existing {
             let file = OpenOptions::new()
@@ -166,6 +166,8 @@ impl Part {
                 .open(path)
                 .map_err(|e| unusable(path, &e))?;
             *self.made.lock() = true;
+            let noted = shared.rundir.note_target(path);
+            noted.map_err(|e| unusable(path, &e))?;
             if self.target.format == Format::Raw {
                 file.set_len(self.size).map_err(|e| unusable(path, &e))?;
             }
@@ -256,7 +258,7 @@ impl PushSession {
         checkpoint: Option<&NewCheckpoint>,
     ) -> Result<()> {
         for part in &self.parts {
-            part.prepare(monitor).map_err(|e| part.during(e))?;
+            part.prepare(shared, monitor).map_err(|e| part.during(e))?;
         }
         let mut actions: Vec<Value> = self.parts.iter().flat_map(Part::actions).collect();
         if let Some(new) = checkpoint {
@@ -356,6 +358,10 @@ impl PushSession {
         if done && self.over(JobState::Ended(Outcome::Completed)) {
             *gone = true;
             drop(gone);
+            for part in &self.parts {
+                let path = Path::new(part.target.image.path());
+                shared.rundir.forget_target(path);
+            }
             self.forget(shared);
             shared.notify(Notice::Over(self.id, Ok(Outcome::Completed)));
         }
@@ -389,17 +395,18 @@ impl PushSession {
                 part.dissolve(&monitor).map_err(|e| part.during(e))?;
             }
         }
-        self.remove_files();
+        self.remove_files(shared);
         Ok(())
     }
 
     /// Removes the files that were made for it, lest they be taken for a backup.
-    fn remove_files(&self) {
+    fn remove_files(&self, shared: &Shared) {
         for part in self.parts.iter().filter(|p| *p.made.lock()) {
             let path = part.target.image.path();
             if let Err(e) = fs::remove_file(path) {
                 log::warn!("cannot remove {path}, which is no backup: {e}");
             }
+            shared.rundir.forget_target(Path::new(path));
         }
     }
 

@@ -10,16 +10,31 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
 use crate::model::{Error, Kind, Result};
 
 /// `sun_path` holds 108 bytes with the final zero.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// Names the files that push backups were writing.
+const TARGETS: &str = "push-targets";
+
+/// A file that was being written.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    dev: u64,
+    ino: u64,
+    path: PathBuf,
+}
 
 /// A live process' directory; removed when dropped.
 #[derive(Debug)]
 pub(crate) struct RunDir {
     path: PathBuf,
     id: String,
+    targets: Mutex<Vec<Note>>,
     _lock: File,
 }
 
@@ -56,6 +71,7 @@ impl RunDir {
         let dir = Self {
             path,
             id,
+            targets: Mutex::default(),
             _lock: lock,
         };
         // Longest name of a socket in it.
@@ -101,6 +117,32 @@ impl RunDir {
         }
     }
 
+    /// Notes that a file was made for a push backup, and is none yet.
+    pub(crate) fn note_target(&self, target: &Path) -> io::Result<()> {
+        let meta = fs::metadata(target)?;
+        let note = Note {
+            dev: meta.dev(),
+            ino: meta.ino(),
+            path: target.to_owned(),
+        };
+        let mut targets = self.targets.lock();
+        targets.push(note);
+        self.write_targets(&targets)
+    }
+
+    /// The file became a backup, or was removed.
+    pub(crate) fn forget_target(&self, target: &Path) {
+        let mut targets = self.targets.lock();
+        targets.retain(|t| t.path != target);
+        if let Err(e) = self.write_targets(&targets) {
+            log::warn!("{}: {e}", self.path.display());
+        }
+    }
+
+    fn write_targets(&self, targets: &[Note]) -> io::Result<()> {
+        fs::write(self.path.join(TARGETS), serde_json::to_vec(targets)?)
+    }
+
     /// Removes it with all that is in it. Does nothing the second time.
     pub(crate) fn remove(&self) {
         if let Err(e) = fs::remove_dir_all(&self.path)
@@ -138,6 +180,21 @@ fn is_dead(path: &Path) -> bool {
 /// The process id in a note such as `nbd-server`.
 pub(crate) fn noted_pid(dir: &Path, name: &str) -> Option<i32> {
     fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
+}
+
+/// Removes what a dead process' push backups had written so far, lest it be taken for a backup. A file
+/// that is another one by now is left alone.
+pub(crate) fn remove_targets(dir: &Path) {
+    let notes = fs::read(dir.join(TARGETS)).unwrap_or_default();
+    let notes: Vec<Note> = serde_json::from_slice(&notes).unwrap_or_default();
+    for note in notes {
+        let same = |m: fs::Metadata| (m.dev(), m.ino()) == (note.dev, note.ino);
+        if fs::metadata(&note.path).is_ok_and(same) {
+            let path = note.path.display();
+            log::warn!("removing {path}, a backup that a killed fleecefs left unfinished");
+            let _ = fs::remove_file(&note.path);
+        }
+    }
 }
 
 /// Whether a process is there and not over. One that ended stays in /proc as a zombie until its parent
