@@ -443,6 +443,25 @@ fn prune() {
     world.end();
 }
 
+#[test]
+fn all_are_in_the_readme_and_say_how_they_are_used() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = std::fs::read_to_string(top.join("README.md")).unwrap();
+    for script in names(&top.join("examples")) {
+        if script == "quickstart.sh" {
+            continue;
+        }
+        let row = format!("\n| [{script}](examples/{script}) |");
+        assert!(readme.contains(&row), "{script}");
+        let output = Command::new(top.join("examples").join(&script)).output();
+        let output = output.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let usage = format!("examples/{script} MOUNT");
+        assert!(said.contains(&usage), "{script}: {said}");
+        assert_eq!(output.status.code(), Some(2), "{script}");
+    }
+}
+
 /// However they end, their backup is ended.
 #[test]
 fn a_script_that_fails_or_is_killed_ends_its_backup() {
