@@ -9,7 +9,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -440,6 +440,49 @@ fn a_slice_is_the_same_file_every_night() {
     assert_eq!(first.mode(), 0o100_400);
     world.end("tue");
     world.unmount().assert_clean();
+}
+
+/// A slice has the same number the next night: who still has it open must not see that night.
+#[test]
+fn what_is_open_stays_of_its_night() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let Some(()) = tools::fuse() else { return };
+    for looked_up in [true, false] {
+        let mut world = World::new(16 * MIB, MIB);
+        world.begin("mon");
+        let old = world.disk.bytes()[..2 * MIB as usize].to_vec();
+        let path = world.mount().path("current/vda/0000/0000000");
+        let other = world.mount().path("current/vda/0000/0000001");
+        let cached = std::fs::File::open(&path).unwrap();
+        let unread = std::fs::File::open(&other).unwrap();
+        cached.read_exact_at(&mut [0; 65536], 0).unwrap();
+        world.end("mon");
+        for offset in [0, MIB] {
+            let write = Write {
+                offset,
+                length: MIB,
+                pattern: 0xee,
+            };
+            world.qemu().write("vda", write);
+            world.disk.apply(write);
+        }
+        world.begin("tue");
+        if looked_up {
+            assert!(std::fs::read(&path).unwrap().iter().all(|b| *b == 0xee));
+            assert!(std::fs::read(&other).unwrap().iter().all(|b| *b == 0xee));
+        }
+        for (file, old) in [(&cached, &old[..65536]), (&unread, &old[MIB as usize..])] {
+            // An error, or what it was.
+            let mut bytes = vec![0; old.len()];
+            let _ = file.metadata();
+            if file.read_exact_at(&mut bytes, 0).is_ok() {
+                assert!(bytes == old, "of another night");
+            }
+        }
+        drop((cached, unread));
+        world.end("tue");
+        world.unmount().assert_clean();
+    }
 }
 
 /// Killed when the checkpoint was made and the table of stamps was not yet: no change is hidden.
