@@ -199,9 +199,9 @@ pub(super) struct Restore {
     /// Replace the output if it is there
     #[arg(long)]
     pub(super) force: bool,
-    /// What to restore from, see below; and a new file or a block device
+    /// What to restore from, see below; the last word is what to make: a new file or a block device
     // Counted later: clap would count each stretch between options for itself.
-    #[arg(required = true, value_name = "SOURCE... OUTPUT")]
+    #[arg(required = true, value_name = "SOURCE")]
     pub(super) words: Vec<std::path::PathBuf>,
 }
 

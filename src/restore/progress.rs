@@ -50,7 +50,7 @@ impl<'a> Progress<'a> {
     pub(super) fn go_on(&self) -> Result<()> {
         match self.stop.load(Ordering::Relaxed) {
             false => Ok(()),
-            true => Err(Error::new(Kind::Io, "interrupted: nothing was restored")),
+            true => Err(Error::new(Kind::Io, "interrupted before all was restored")),
         }
     }
 }
