@@ -148,7 +148,7 @@ fn random_series() {
         night.disk.assert_file(&place.path("out/vda.raw"));
         let line = format!("restored vda of vm 1 as of {} of 2026-1", night.name);
         assert!(said.starts_with(&line), "{said}");
-        if size % 512 == 0 {
+        if size.is_multiple_of(512) {
             let words = [&words[..], &["--format", "qcow2", "out/vda.qcow2"]].concat();
             place.restores(&words);
             night.disk.assert_is(
@@ -663,6 +663,12 @@ fn the_output() {
         fs::symlink_metadata(place.path("out/link"))
             .unwrap()
             .is_symlink()
+    );
+    // A source is not replaced by what is made of it.
+    let inside = "current/vda/0000/0000001";
+    place.refuses(
+        &["--force", "current", inside],
+        "is a part of the source current",
     );
     // What is refused leaves what is there.
     fs::remove_file(place.path("current/vda/0000/0000004")).unwrap();
