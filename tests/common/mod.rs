@@ -19,6 +19,7 @@ pub mod mount;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod restoring;
 pub mod tools;
 
 pub use console::Console;
@@ -28,4 +29,5 @@ pub use model::{Disk, Marks, Rng, Write};
 pub use mount::Fleecefs;
 pub use qemu::{Qemu, State};
 pub use qmp::Qmp;
+pub use restoring::Place;
 pub use tools::{eventually, tool};
