@@ -78,6 +78,7 @@ pub fn run(request: &Request, stop: &AtomicBool) -> Result<String> {
     let progress = Progress::new(stop);
     let output = Output::new(&request.output, request.format, request.force)?;
     let (disk, until) = (request.disk.as_deref(), request.until.as_deref());
+    source::apart(&request.sources, &request.output)?;
     let plan = match source::look(&request.sources)? {
         Found::Slices(dir) => slices::plan(&dir, disk, until)?,
         Found::Generations(dirs) => series::plan(&dirs, disk, until, &progress)?,

@@ -50,6 +50,24 @@ pub(super) fn look(sources: &[PathBuf]) -> Result<Found> {
     Ok(Found::Generations(generations))
 }
 
+/// A file that is to be replaced is none of those that are read.
+pub(super) fn apart(sources: &[PathBuf], output: &Path) -> Result<()> {
+    // What does not exist yet cannot be read.
+    let Ok(place) = output.canonicalize() else {
+        return Ok(());
+    };
+    let holds = |source: &&PathBuf| source.canonicalize().is_ok_and(|s| place.starts_with(s));
+    match sources.iter().find(holds) {
+        None => Ok(()),
+        Some(source) => Err(refuse(format!(
+            "{} is a part of the source {}",
+            output.display(),
+            source.display()
+        ))
+        .hint("choose another output")),
+    }
+}
+
 /// The generations that a directory holds.
 fn inside(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();

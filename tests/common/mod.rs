@@ -19,6 +19,7 @@ pub mod mount;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod restoring;
 pub mod tools;
 pub mod upstream;
 
@@ -29,4 +30,5 @@ pub use model::{Disk, Marks, Rng, Write, parse_map};
 pub use mount::Fleecefs;
 pub use qemu::{Qemu, State};
 pub use qmp::Qmp;
+pub use restoring::Place;
 pub use tools::{eventually, tool};
