@@ -5,7 +5,8 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::domain::{Fixture, content, fixture, name};
+use common::domain::{Fixture, content, fixture, fixture_with, name};
+use common::qemu::Builder;
 use common::tools::{self, DEADLINE, need, run, text};
 use common::{Disk, Rng, Write, image};
 use fleecefs::engine::{Domain, Job};
@@ -159,7 +160,7 @@ fn incremental_onto_the_previous_full_reproduces_the_disk() {
 #[test]
 fn a_running_push_is_steered_and_aborted() {
     need!("qemu-system-x86_64", "qemu-img");
-    let f = fixture(&[32 * MIB]);
+    let f = fixture_with(&[32 * MIB], Builder::slow);
     let before = f.qemu.state();
     f.qemu.guest_write("vda", 0, 32 * MIB, 7);
     let target = f.dir.path().join("copy.qcow2");
