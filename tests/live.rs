@@ -461,3 +461,43 @@ fn events_tell_of_short_scratch_space() {
     assert_eq!(events.try_iter().count(), 0, "told once");
     domain.close().unwrap();
 }
+
+/// Neither mode begins while the guest is being migrated; afterwards both do.
+#[test]
+fn no_backup_begins_during_a_migration() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let f = fixture(&[4 * MIB]);
+    f.domain.create_checkpoint(name("mon")).unwrap();
+    let before = f.qemu.state();
+    // A destination that takes the connection and nothing more.
+    let socket = f.dir.path().join("destination.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let uri = format!("unix:{}", socket.display());
+    f.qemu.cmd("migrate", serde_json::json!({"uri": uri}));
+    let (destination, _) = listener.accept().unwrap();
+    let target = f.dir.path().join("copy.qcow2");
+    let push = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+        target.display()
+    );
+    let begin_push = || f.domain.begin_backup_from(&name("push"), push.as_bytes());
+    for error in [
+        f.domain.begin_backup(name("tue")).err().unwrap(),
+        begin_push().unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), Kind::Busy, "{error}");
+        assert!(error.to_string().contains("migrated"), "{error}");
+    }
+    assert_eq!(f.qemu.state(), before);
+    f.qemu.cmd("migrate_cancel", serde_json::json!({}));
+    drop(destination);
+    tools::eventually("the migration's end", Duration::from_secs(30), || {
+        let status = f.qemu.cmd("query-migrate", serde_json::json!({}));
+        let over = ["cancelled", "failed"].contains(&status["status"].as_str().unwrap_or(""));
+        over.then_some(())
+    });
+    f.domain.begin_backup(name("tue")).unwrap();
+    f.domain.end_backup(&name("tue")).unwrap();
+    begin_push().unwrap();
+    f.domain.close().unwrap();
+}
