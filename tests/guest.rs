@@ -209,11 +209,7 @@ fn a_guest_boots_from_the_chain_of_images() {
     let copies = f.dir.path().join("copies");
     std::fs::create_dir(&copies).unwrap();
     let mut last = 0;
-    for (backup, from) in [
-        ("mon", "qcow2"),
-        ("tue", "since/mon"),
-        ("wed", "since/tue"),
-    ] {
+    for (backup, from) in [("mon", "qcow2"), ("tue", "since/mon"), ("wed", "since/tue")] {
         f.qemu.console().rounds_more(5, Duration::from_secs(120));
         last = f.qemu.console().round();
         mount.mkdir(&format!("backups/{backup}")).unwrap();

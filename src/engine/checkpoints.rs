@@ -108,21 +108,9 @@ impl Domain {
     /// recorded by it is then unknown, so older checkpoints cannot be trusted any more.
     pub fn forget_checkpoint(&self, name: &Name) -> Result<()> {
         self.lock_changes_for_removal(name, |changes| {
-            let place = self.place(changes, name)?;
             self.not_listed(&*self.entry(name)?)?;
             let mut record = changes.record.clone();
-            let covered = record.checkpoints[place].disks.clone();
-            for older in record.checkpoints.iter_mut().take(place) {
-                for disk in &mut older.disks {
-                    if disk.broken.is_none() && covered.iter().any(|c| c.target == disk.target) {
-                        disk.broken = Some(format!(
-                            "checkpoint {name}, which recorded part of what changed since, was \
-                             forgotten"
-                        ));
-                    }
-                }
-            }
-            forget(&mut record, name);
+            forget(&mut record, name, &[]);
             self.store.save(&record)?;
             changes.record = record;
             self.publish(changes);
@@ -160,7 +148,7 @@ impl Domain {
             self.settle(changes);
             return Err(e);
         }
-        forget(&mut changes.record, name);
+        forget(&mut changes.record, name, &disks);
         self.publish(changes);
         self.save_outcome(&changes.record);
         Ok(())

@@ -3,7 +3,7 @@
 use super::history;
 use super::store::{Pending, Record, Store};
 use crate::backend::Backend;
-use crate::model::{Checkpoint, Name, Result};
+use crate::model::{Checkpoint, Disk, Name, Result};
 
 /// Undoes or completes a change whose outcome is unknown, by looking at the domain.
 ///
@@ -38,7 +38,7 @@ pub(super) fn recover(backend: &dyn Backend, store: &Store, record: &mut Record)
             let known = record.checkpoints.iter().find(|c| c.name == name);
             if known.is_some_and(|c| !present(c)) {
                 log::warn!("checkpoint {name} was being deleted, and is gone");
-                forget(record, &name);
+                forget(record, &name, &disks);
             }
         }
         Pending::Rename(from, to) => {
@@ -72,8 +72,9 @@ pub(super) fn rename(record: &mut Record, from: &Name, to: &Name) {
     }
 }
 
-/// Takes a checkpoint out of the record; its children become its parent's.
-pub(super) fn forget(record: &mut Record, name: &Name) {
+/// Takes a checkpoint out of the record; its children become its parent's. On these disks its parent's
+/// bitmaps took over what its own had recorded; on any other it is lost to all before it.
+pub(super) fn forget(record: &mut Record, name: &Name, disks: &[Disk]) {
     record.pending = None;
     let Some(place) = record.checkpoints.iter().position(|c| c.name == *name) else {
         return;
@@ -82,6 +83,17 @@ pub(super) fn forget(record: &mut Record, name: &Name) {
     for checkpoint in &mut record.checkpoints {
         if checkpoint.parent.as_ref() == Some(name) {
             checkpoint.parent.clone_from(&gone.parent);
+        }
+    }
+    let handed_on = |target: &String| disks.iter().any(|d| d.target == *target);
+    let older = record.checkpoints.iter_mut().take(place);
+    for disk in older.flat_map(|c| &mut c.disks) {
+        let lost = gone.disk(&disk.target).is_some() && !handed_on(&disk.target);
+        if lost && disk.broken.is_none() {
+            disk.broken = Some(format!(
+                "what checkpoint {name} had recorded was lost: it was forgotten, or deleted while the \
+                 disk was away"
+            ));
         }
     }
 }
