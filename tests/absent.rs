@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use common::domain::{name, places, since};
 use common::image;
-use common::tools::{self, need};
+use common::tools::{self, need, run, text};
 use fleecefs::backend::Source;
 use fleecefs::engine::{Domain, Options, Store};
 
@@ -86,4 +86,24 @@ fn deleted_while_a_disk_is_away() {
         off.since(&["a", "b"], 1, "tue"),
         Some(vec![(2 * MIB, GRANULE)])
     );
+}
+
+/// A checkpoint's bitmap on a disk that is away keeps its name, whatever else has the new one.
+#[test]
+fn renamed_while_a_disk_is_away() {
+    need!("qemu-storage-daemon", "qemu-img", "qemu-io");
+    let off = Off::new(&["a", "b"]);
+    run(
+        "qemu-img",
+        &["bitmap", "--add", "--disable", text(&off.path("b")), "x"],
+    );
+    for (checkpoint, offset) in [("mon", MIB), ("tue", 2 * MIB)] {
+        off.checkpoint(&["a", "b"], checkpoint);
+        off.write("b", offset);
+    }
+    off.with(&["a"], |d| {
+        d.rename_checkpoint(&name("mon"), &name("x")).unwrap()
+    });
+    let all = [MIB, 2 * MIB].map(|offset| (offset, GRANULE));
+    assert_eq!(off.since(&["a", "b"], 1, "x"), Some(all.to_vec()));
 }

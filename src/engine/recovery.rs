@@ -3,7 +3,7 @@
 use super::history;
 use super::store::{Pending, Record, Store};
 use crate::backend::Backend;
-use crate::model::{Checkpoint, Disk, Name, Result};
+use crate::model::{Checkpoint, CheckpointDisk, Disk, Name, Result};
 
 /// Undoes or completes a change whose outcome is unknown, by looking at the domain.
 ///
@@ -43,15 +43,20 @@ pub(super) fn recover(backend: &dyn Backend, store: &Store, record: &mut Record)
         }
         Pending::Rename(from, to) => {
             let known = record.checkpoints.iter().find(|c| c.name == from);
-            let renamed = known.cloned().map(|mut c| {
-                c.rename(&to);
-                c.disks.retain(|d| d.bitmap == to.as_str());
-                c
-            });
-            // Where no bitmap bears the name, nothing had to be done in the domain.
-            if renamed.is_some_and(|c| present(&c)) {
+            // Bitmaps that did not bear the name, or were away, kept theirs.
+            let renamed = |entry: &&CheckpointDisk| {
+                let has = |bitmap: &Name| {
+                    let disk = disks.iter().find(|d| d.target == entry.target);
+                    disk.is_some_and(|d| d.bitmaps.iter().any(|b| b.name == bitmap.as_str()))
+                };
+                entry.bitmap == from.as_str() && has(&to) && !has(&from)
+            };
+            let renamed = known.iter().flat_map(|c| c.disks.iter().filter(renamed));
+            let renamed: Vec<String> = renamed.map(|entry| entry.target.clone()).collect();
+            // Where there is none, nothing had to be done in the domain.
+            if !renamed.is_empty() {
                 log::warn!("checkpoint {from} was being renamed, and is now {to}");
-                rename(record, &from, &to);
+                rename(record, &from, &to, &renamed);
             }
         }
     }
@@ -59,12 +64,12 @@ pub(super) fn recover(backend: &dyn Backend, store: &Store, record: &mut Record)
     store.save(record)
 }
 
-/// Gives a checkpoint another name in the record.
-pub(super) fn rename(record: &mut Record, from: &Name, to: &Name) {
+/// Gives a checkpoint another name in the record, and to its bitmaps on the disks of these targets.
+pub(super) fn rename(record: &mut Record, from: &Name, to: &Name, disks: &[String]) {
     record.pending = None;
     for checkpoint in &mut record.checkpoints {
         if checkpoint.name == *from {
-            checkpoint.rename(to);
+            checkpoint.rename(to, disks);
         }
         if checkpoint.parent.as_ref() == Some(from) {
             checkpoint.parent = Some(to.clone());
