@@ -46,10 +46,10 @@ pub struct CheckpointDisk {
 pub type Broken = String;
 
 impl Checkpoint {
-    /// Gives it another name, and to the bitmaps that bear its name.
-    pub fn rename(&mut self, name: &Name) {
+    /// Gives it another name, and to its bitmaps on the disks of these targets.
+    pub fn rename(&mut self, name: &Name, disks: &[String]) {
         for disk in &mut self.disks {
-            if disk.bitmap == self.name.as_str() {
+            if disks.contains(&disk.target) {
                 disk.bitmap = name.to_string();
             }
         }
