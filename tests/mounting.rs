@@ -458,3 +458,33 @@ fn a_hung_qemu_is_no_hung_mount() {
     drop(raw);
     mount.umount().assert_clean();
 }
+
+/// Somebody else's mount namespace, made meanwhile, has a copy of the mount and keeps it: unmounting
+/// ends fleecefs all the same.
+#[test]
+fn a_copy_of_the_mount_elsewhere_holds_nothing_up() {
+    need!("qemu-img", "unshare");
+    let Some(()) = tools::fuse() else { return };
+    if !tools::is_root() {
+        return tools::skip("only root can make a mount namespace");
+    }
+    let (_dir, path) = image_of(16 * MIB);
+    let mount = Fleecefs::source(text(&path)).daemon().mount();
+    mount.mkdir("backups/b").unwrap();
+    let mut elsewhere = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sleep", "600"])
+        .spawn()
+        .unwrap();
+    let seen = format!("/proc/{}/mountinfo", elsewhere.id());
+    let point = mount.path("");
+    let point = text(&point).trim_end_matches('/').to_owned();
+    let own = std::fs::read_link("/proc/self/ns/mnt").unwrap();
+    tools::eventually("the copy", tools::DEADLINE, || {
+        let namespace = std::fs::read_link(format!("/proc/{}/ns/mnt", elsewhere.id())).ok()?;
+        let mounts = std::fs::read_to_string(&seen).ok()?;
+        (namespace != own && mounts.contains(&point)).then_some(())
+    });
+    mount.umount().assert_clean();
+    elsewhere.kill().unwrap();
+    elsewhere.wait().unwrap();
+}
