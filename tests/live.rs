@@ -461,3 +461,40 @@ fn events_tell_of_short_scratch_space() {
     assert_eq!(events.try_iter().count(), 0, "told once");
     domain.close().unwrap();
 }
+
+/// What the guard ends while it begins is refused as a whole, and nothing is left of it.
+#[test]
+fn ended_while_it_begins() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let mut build = Qemu::build().paused();
+    for target in ["vda", "vdb", "vdc", "vdd"] {
+        let path = dir.path().join(format!("{target}.qcow2"));
+        image::create(&path, "qcow2", 4 * MIB, "");
+        build = build.disk(target, &path, "qcow2");
+    }
+    let qemu = build.start();
+    let between = QmpFault::start(&qemu.socket());
+    let mut places = places(dir.path());
+    places.scratch_limit = Some(1);
+    let domain = open(&between.path(), &places, dir.path());
+    let before = qemu.state();
+    // Whichever step the guard is awake at: it looks five times a second.
+    for command in ["transaction", "nbd-server-start", "block-export-add"] {
+        between.arm_named(command, Fault::Slow(Duration::from_millis(500)));
+        let error = domain.begin_backup(name("b")).map(drop).unwrap_err();
+        assert!(between.fired());
+        assert_eq!(error.kind(), Kind::NoSpace, "{command}: {error}");
+        tools::eventually("the end", Duration::from_secs(20), || {
+            (qemu.state() == before).then_some(())
+        });
+        assert!(!qemu.nbd_server_running(), "{command}");
+    }
+    domain.close().unwrap();
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("scratch"))
+            .unwrap()
+            .count(),
+        0
+    );
+}

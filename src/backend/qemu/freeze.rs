@@ -79,7 +79,8 @@ pub(super) struct Session {
     front: Mutex<Option<nbd::Front>>,
     /// Why it is over. Set before anything is taken apart.
     failure: RwLock<Option<Error>>,
-    /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
+    /// Nothing of it is left in QEMU. The lock is held while it is put together or taken apart: what
+    /// ends it meanwhile waits, lest it find only half of what there will be.
     gone: Mutex<bool>,
 }
 
@@ -268,6 +269,7 @@ impl Session {
         checkpoint: Option<&NewCheckpoint>,
         address: Option<&ServerAddress>,
     ) -> Result<Vec<Box<dyn FrozenDisk>>> {
+        let _gone = self.gone.lock();
         for part in &self.parts {
             let scratch = part.prepare(shared, monitor).map_err(|e| part.during(e))?;
             self.scratch.lock().push(scratch);
@@ -296,7 +298,8 @@ impl Session {
             let disk = QemuDisk::open(shared, self, index)?;
             disks.push(Box::new(disk));
         }
-        Ok(disks)
+        // Such as for want of scratch space, by the guard.
+        self.failure().map_or(Ok(disks), Err)
     }
 
     /// Lets NBD clients from outside have the disks.
