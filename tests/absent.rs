@@ -118,3 +118,13 @@ fn swapped_images() {
     assert_eq!(off.since(&["b", "a"], 0, "mon"), None, "it is another disk");
     assert_eq!(off.since(&["b", "a"], 1, "mon"), None);
 }
+
+/// A checkpoint may be called as what fleecefs itself puts into QEMU.
+#[test]
+fn a_name_like_our_own() {
+    need!("qemu-storage-daemon", "qemu-img", "qemu-io");
+    let off = Off::new(&["a"]);
+    off.checkpoint(&["a"], "fleece-mon");
+    off.write("a", 0);
+    assert_eq!(off.since(&["a"], 0, "fleece-mon"), Some(vec![(0, GRANULE)]));
+}

@@ -154,9 +154,8 @@ impl Part {
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<Scratch> {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
-        let name = name.trim_start_matches(super::PREFIX);
         let scratch = match &self.scratch {
-            None => Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?,
+            None => Scratch::create(&shared.places.scratch, &name, peer.uid, peer.gid)?,
             Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
         };
         let file = self.names.file();
