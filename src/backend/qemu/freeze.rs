@@ -37,7 +37,7 @@ use super::monitor::Monitor;
 use super::names::{Names, TAIL};
 use super::quirks::Access;
 use super::scratch::{self, Scratch};
-use super::{Shared, action, server};
+use super::{Shared, action};
 use crate::backend::FrozenDisk;
 use crate::model::{
     BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
@@ -318,7 +318,7 @@ impl Session {
         for part in &self.parts {
             exports.extend(part.publish(monitor).map_err(|e| part.during(e))?);
         }
-        let upstream = server::socket(&shared.rundir);
+        let upstream = shared.rundir.socket();
         let timeout = shared.places.timeout;
         let front = nbd::Front::start(address, upstream, exports, keys, timeout);
         *self.front.lock() = Some(front.map_err(front_error)?);
@@ -443,7 +443,7 @@ fn front_error(error: nbd::FrontError) -> Error {
 /// Where a reader finds an export.
 pub(super) fn endpoint(shared: &Shared, export: &str) -> nbd::Endpoint {
     nbd::Endpoint {
-        socket: server::socket(&shared.rundir),
+        socket: shared.rundir.socket(),
         export: export.to_owned(),
     }
 }

@@ -41,7 +41,7 @@ impl Scratch {
             path: path.to_owned(),
             file,
         };
-        rundir::give_to(&scratch.path, uid, gid)?;
+        rundir::give_to(&scratch.file, &scratch.path, uid, gid)?;
         Ok(scratch)
     }
 
