@@ -107,3 +107,24 @@ fn renamed_while_a_disk_is_away() {
     let all = [MIB, 2 * MIB].map(|offset| (offset, GRANULE));
     assert_eq!(off.since(&["a", "b"], 1, "x"), Some(all.to_vec()));
 }
+
+/// The same checkpoints are on both images, and the same names.
+#[test]
+fn swapped_images() {
+    need!("qemu-storage-daemon", "qemu-img", "qemu-io");
+    let off = Off::new(&["a", "b"]);
+    off.checkpoint(&["a", "b"], "mon");
+    off.write("a", 0);
+    assert_eq!(off.since(&["b", "a"], 0, "mon"), None, "it is another disk");
+    assert_eq!(off.since(&["b", "a"], 1, "mon"), None);
+}
+
+/// A checkpoint may be called as what fleecefs itself puts into QEMU.
+#[test]
+fn a_name_like_our_own() {
+    need!("qemu-storage-daemon", "qemu-img", "qemu-io");
+    let off = Off::new(&["a"]);
+    off.checkpoint(&["a"], "fleece-mon");
+    off.write("a", 0);
+    assert_eq!(off.since(&["a"], 0, "fleece-mon"), Some(vec![(0, GRANULE)]));
+}

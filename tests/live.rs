@@ -10,6 +10,8 @@ use std::time::Duration;
 use common::domain::{content, fixture, name, open, places, since};
 use common::tools::{self, need};
 use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
+use fleecefs::backend::Source;
+use fleecefs::engine::{Domain, Options, Store};
 use fleecefs::model::{Change, Happening, Kind};
 
 const MIB: u64 = 1 << 20;
@@ -500,4 +502,66 @@ fn no_backup_begins_during_a_migration() {
     f.domain.end_backup(&name("tue")).unwrap();
     begin_push().unwrap();
     f.domain.close().unwrap();
+}
+
+/// What the guard ends while it begins is refused as a whole, and nothing is left of it.
+#[test]
+fn ended_while_it_begins() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let mut build = Qemu::build().paused();
+    for target in ["vda", "vdb", "vdc", "vdd"] {
+        let path = dir.path().join(format!("{target}.qcow2"));
+        image::create(&path, "qcow2", 4 * MIB, "");
+        build = build.disk(target, &path, "qcow2");
+    }
+    let qemu = build.start();
+    let between = QmpFault::start(&qemu.socket());
+    let mut places = places(dir.path());
+    places.scratch_limit = Some(1);
+    let domain = open(&between.path(), &places, dir.path());
+    let before = qemu.state();
+    // Whichever step the guard is awake at: it looks five times a second.
+    for command in ["transaction", "nbd-server-start", "block-export-add"] {
+        between.arm_named(command, Fault::Slow(Duration::from_millis(500)));
+        let error = domain.begin_backup(name("b")).map(drop).unwrap_err();
+        assert!(between.fired());
+        assert_eq!(error.kind(), Kind::NoSpace, "{command}: {error}");
+        tools::eventually("the end", Duration::from_secs(20), || {
+            (qemu.state() == before).then_some(())
+        });
+        assert!(!qemu.nbd_server_running(), "{command}");
+    }
+    domain.close().unwrap();
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("scratch"))
+            .unwrap()
+            .count(),
+        0
+    );
+}
+
+/// With another state directory, and by another monitor of the same QEMU.
+#[test]
+fn a_second_mount_leaves_the_backups_of_the_first_alone() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    image::create(&path, "qcow2", 4 * MIB, "");
+    let socket = dir.path().join("second.sock");
+    let monitor = format!("socket,id=two,path={},server=on,wait=off", socket.display());
+    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused();
+    let more = ["-chardev", &monitor, "-mon", "chardev=two,mode=control"];
+    let qemu = qemu.args(&more).start();
+    let places = places(dir.path());
+    let domain = open(&qemu.socket(), &places, dir.path());
+    let backup = domain.begin_backup(name("mon")).unwrap();
+    qemu.guest_write("vda", 0, 4096, 1);
+
+    let store = Store::open(&dir.path().join("other state")).unwrap();
+    let second = Source::Qmp(socket).open(&places).unwrap();
+    let refused = Domain::open(second, store, Options::default()).map(drop);
+    assert_eq!(refused.unwrap_err().kind(), Kind::Busy);
+    assert_eq!(content(&backup, 0)[0], 0);
+    domain.close().unwrap();
 }

@@ -217,6 +217,7 @@ impl Domain {
                 target: disk.target.clone(),
                 bitmap,
                 size: disk.size,
+                image: disk.path().map(str::to_owned),
                 broken: None,
             });
         }

@@ -99,6 +99,7 @@ impl Night {
                 target: "vda".into(),
                 bitmap: self.name.clone(),
                 size: self.disk.size(),
+                image: None,
                 broken: None,
             }],
         };

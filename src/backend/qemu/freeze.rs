@@ -37,7 +37,7 @@ use super::monitor::Monitor;
 use super::names::{Names, TAIL};
 use super::quirks::Access;
 use super::scratch::{self, Scratch};
-use super::{Shared, action, server};
+use super::{Shared, action};
 use crate::backend::FrozenDisk;
 use crate::model::{
     BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
@@ -79,7 +79,8 @@ pub(super) struct Session {
     front: Mutex<Option<nbd::Front>>,
     /// Why it is over. Set before anything is taken apart.
     failure: RwLock<Option<Error>>,
-    /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
+    /// Nothing of it is left in QEMU. The lock is held while it is put together or taken apart: what
+    /// ends it meanwhile waits, lest it find only half of what there will be.
     gone: Mutex<bool>,
 }
 
@@ -153,9 +154,8 @@ impl Part {
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<Scratch> {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
-        let name = name.trim_start_matches(super::PREFIX);
         let scratch = match &self.scratch {
-            None => Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?,
+            None => Scratch::create(&shared.places.scratch, &name, peer.uid, peer.gid)?,
             Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
         };
         let file = self.names.file();
@@ -268,6 +268,7 @@ impl Session {
         checkpoint: Option<&NewCheckpoint>,
         address: Option<&ServerAddress>,
     ) -> Result<Vec<Box<dyn FrozenDisk>>> {
+        let _gone = self.gone.lock();
         for part in &self.parts {
             let scratch = part.prepare(shared, monitor).map_err(|e| part.during(e))?;
             self.scratch.lock().push(scratch);
@@ -296,7 +297,8 @@ impl Session {
             let disk = QemuDisk::open(shared, self, index)?;
             disks.push(Box::new(disk));
         }
-        Ok(disks)
+        // Such as for want of scratch space, by the guard.
+        self.failure().map_or(Ok(disks), Err)
     }
 
     /// Lets NBD clients from outside have the disks.
@@ -316,7 +318,7 @@ impl Session {
         for part in &self.parts {
             exports.extend(part.publish(monitor).map_err(|e| part.during(e))?);
         }
-        let upstream = server::socket(&shared.rundir);
+        let upstream = shared.rundir.socket();
         let timeout = shared.places.timeout;
         let front = nbd::Front::start(address, upstream, exports, keys, timeout);
         *self.front.lock() = Some(front.map_err(front_error)?);
@@ -441,7 +443,7 @@ fn front_error(error: nbd::FrontError) -> Error {
 /// Where a reader finds an export.
 pub(super) fn endpoint(shared: &Shared, export: &str) -> nbd::Endpoint {
     nbd::Endpoint {
-        socket: server::socket(&shared.rundir),
+        socket: shared.rundir.socket(),
         export: export.to_owned(),
     }
 }

@@ -12,7 +12,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::freeze::Session;
-use super::names::PREFIX;
 use super::{Shared, scratch};
 use crate::backend::Notice;
 use crate::model::{Error, Kind};
@@ -167,10 +166,13 @@ fn watch_space(shared: &Shared) {
 /// A guest's write failed on one of our filters: no space to copy the old content to.
 fn write_failed(shared: &Shared, event: &qmp::Event) {
     let node = event.data["node-name"].as_str().unwrap_or_default();
-    if !node.starts_with(PREFIX) || event.data["operation"] != "write" {
+    let pulls = shared.sessions.lock().clone();
+    let pushes = shared.pushes.lock().clone();
+    let ours = pulls.iter().any(|p| p.below(node).is_some())
+        || pushes.iter().any(|p| p.below(node).is_some());
+    if !ours || event.data["operation"] != "write" {
         return;
     }
-    let pushes = shared.pushes.lock().clone();
     match pushes.iter().find(|p| p.below(node).is_some()) {
         Some(push) => {
             let why = Error::new(

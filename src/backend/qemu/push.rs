@@ -171,7 +171,7 @@ impl Part {
             if self.target.format == Format::Raw {
                 file.set_len(self.size).map_err(|e| unusable(path, &e))?;
             }
-            return rundir::give_to(path, peer.uid, peer.gid);
+            return rundir::give_to(&file, path, peer.uid, peer.gid).map(drop);
         }
         let meta = fs::metadata(path).map_err(|e| match e.kind() {
             ErrorKind::NotFound => unusable(path, &e).hint(

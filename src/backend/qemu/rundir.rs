@@ -1,13 +1,15 @@
 //! A private directory for sockets, and what killed processes left beside it.
 //!
-//! Each mount makes `RUNTIME/<id>`, mode 0700 and owned by QEMU's user, so that QEMU and root can
-//! enter and nobody else: QEMU gives its NBD socket mode 0777 minus its umask. The directory's lock
-//! is held as long as the process lives; a directory whose lock is free belongs to a dead one.
+//! Each mount makes `RUNTIME/<id>`, which is its own, and in it `nbd/`, mode 0700, which is QEMU's
+//! user's: so QEMU and root can enter and nobody else, and QEMU gives its NBD socket mode 0777 minus
+//! its umask. The rest is not QEMU's to write: a guest that has broken out of it finds no file there
+//! whose place a symbolic link could take, and no list of files to be removed. The directory's lock is
+//! held as long as the process lives; a directory whose lock is free belongs to a dead one.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -17,6 +19,9 @@ use crate::model::{Error, Kind, Result};
 
 /// `sun_path` holds 108 bytes with the final zero.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// The part of it that is QEMU's.
+const SOCKETS: &str = "nbd";
 
 /// Names the files that push backups were writing.
 const TARGETS: &str = "push-targets";
@@ -54,10 +59,9 @@ impl RunDir {
         make_passable(parent).map_err(failed)?;
         let id = random_id();
         let path = parent.join(&id);
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(failed)?;
+        let private = |path: &Path| DirBuilder::new().mode(0o700).create(path);
+        private(&path).map_err(failed)?;
+        private(&path.join(SOCKETS)).map_err(failed)?;
         let lock = OpenOptions::new()
             .create_new(true)
             .write(true)
@@ -74,8 +78,8 @@ impl RunDir {
             targets: Mutex::default(),
             _lock: lock,
         };
-        // Longest name of a socket in it.
-        let socket = dir.path.join("nbd.sock");
+        // The longest name of a socket in it.
+        let socket = dir.socket();
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Error::new(
                 Kind::Invalid,
@@ -98,9 +102,22 @@ impl RunDir {
         &self.path
     }
 
-    /// Gives the directory to QEMU's user.
+    /// Where QEMU's NBD server is to listen.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path.join(SOCKETS).join("sock")
+    }
+
+    /// Gives the sockets' directory to QEMU's user, whose group may pass through to it.
     pub(crate) fn give_to(&self, uid: u32, gid: u32) -> Result<()> {
-        give_to(&self.path, uid, gid)
+        let sockets = self.path.join(SOCKETS);
+        let open = |path: &Path| File::open(path).map_err(|e| cannot_give(path, uid, &e));
+        let own = open(&self.path)?;
+        if give_to(&open(&sockets)?, &sockets, uid, gid)? {
+            fchown(&own, None, Some(gid))
+                .and_then(|()| own.set_permissions(fs::Permissions::from_mode(0o710)))
+                .map_err(|e| cannot_give(&self.path, uid, &e))?;
+        }
+        Ok(())
     }
 
     /// Notes that the NBD server of the QEMU with this process id is ours to stop.
@@ -112,9 +129,8 @@ impl RunDir {
     }
 
     pub(crate) fn forget_server(&self) {
-        for name in ["nbd-server", "nbd.sock"] {
-            let _ = fs::remove_file(self.path.join(name));
-        }
+        let _ = fs::remove_file(self.path.join("nbd-server"));
+        let _ = fs::remove_file(self.socket());
     }
 
     /// Notes that a file was made for a push backup, and is none yet.
@@ -226,22 +242,27 @@ pub fn make_passable(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes `path` QEMU's own. Only root can give things away.
-pub(crate) fn give_to(path: &Path, uid: u32, gid: u32) -> Result<()> {
-    let same = fs::metadata(path).is_ok_and(|m| m.uid() == uid);
-    if same {
-        return Ok(());
+/// Makes the file at `path` QEMU's own, unless it is; whether that was to be done. Only root can give
+/// things away. By its descriptor: another user's directory may hold something else under the name by
+/// now.
+pub(crate) fn give_to(file: &File, path: &Path, uid: u32, gid: u32) -> Result<bool> {
+    let failed = |e| cannot_give(path, uid, &e);
+    if file.metadata().map_err(failed)?.uid() == uid {
+        return Ok(false);
     }
-    std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(|e| {
-        Error::new(
-            Kind::NotPermitted,
-            format!(
-                "QEMU runs as user {uid}, and {} cannot be given to it: {e}",
-                path.display()
-            ),
-        )
-        .hint("run fleecefs as root, or as QEMU's user")
-    })
+    fchown(file, Some(uid), Some(gid)).map_err(failed)?;
+    Ok(true)
+}
+
+fn cannot_give(path: &Path, uid: u32, error: &io::Error) -> Error {
+    Error::new(
+        Kind::NotPermitted,
+        format!(
+            "QEMU runs as user {uid}, and {} cannot be given to it: {error}",
+            path.display()
+        ),
+    )
+    .hint("run fleecefs as root, or as QEMU's user")
 }
 
 fn random_id() -> String {
@@ -285,6 +306,24 @@ mod tests {
         assert!(!is_running(pid));
         child.wait().unwrap();
         assert!(!is_running(pid));
+    }
+
+    #[test]
+    fn what_is_given_away_is_the_file_that_was_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let [made, other] = ["made", "other"].map(|name| dir.path().join(name));
+        let file = File::create(&made).unwrap();
+        fs::write(&other, "").unwrap();
+        let own = file.metadata().unwrap().uid();
+        if own != 0 {
+            return; // Only root can give things away.
+        }
+        fs::remove_file(&made).unwrap();
+        std::os::unix::fs::symlink(&other, &made).unwrap();
+        assert!(give_to(&file, &made, 65534, 65534).unwrap());
+        assert_eq!(file.metadata().unwrap().uid(), 65534);
+        assert_eq!(fs::metadata(&other).unwrap().uid(), own);
+        assert!(!give_to(&file, &made, 65534, 65534).unwrap(), "it is");
     }
 
     #[test]

@@ -8,15 +8,12 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::rundir;
+use super::{names, rundir};
 use crate::model::{Error, Kind, Result};
 
 /// Space that is left alone on the scratch directory's file system: this much, or a twentieth of
 /// the file system if that is less. Below it, backups are ended, the one that takes most first.
 const RESERVE: u64 = 1 << 30;
-
-/// Begins every scratch file's name.
-const PREFIX: &str = "fleece-";
 
 /// One disk's scratch file.
 #[derive(Debug)]
@@ -29,7 +26,7 @@ impl Scratch {
     /// Makes an empty file that QEMU's user can write.
     pub(super) fn create(dir: &Path, name: &str, uid: u32, gid: u32) -> Result<Self> {
         rundir::make_passable(dir).map_err(|e| unusable(dir, &e))?;
-        Self::create_at(&dir.join(format!("{PREFIX}{name}")), uid, gid)
+        Self::create_at(&dir.join(name), uid, gid)
     }
 
     /// Makes it under this path, where nothing may be.
@@ -44,7 +41,7 @@ impl Scratch {
             path: path.to_owned(),
             file,
         };
-        rundir::give_to(&scratch.path, uid, gid)?;
+        rundir::give_to(&scratch.file, &scratch.path, uid, gid)?;
         Ok(scratch)
     }
 
@@ -114,9 +111,7 @@ pub(super) fn room(dir: &Path) -> Option<u64> {
 pub(super) fn sweep(dir: &Path, runtime: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let id = name
-            .to_str()
-            .and_then(|n| n.strip_prefix(PREFIX)?.split('-').next());
+        let id = name.to_str().and_then(names::mount_of);
         if id.is_some_and(|id| rundir::is_dead_id(runtime, id)) {
             log::warn!(
                 "removing {}, left by a killed fleecefs",
