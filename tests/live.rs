@@ -12,7 +12,7 @@ use common::tools::{self, need};
 use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
 use fleecefs::backend::Source;
 use fleecefs::engine::{Domain, Options, Store};
-use fleecefs::model::{Change, Happening, Kind};
+use fleecefs::model::{Change, Kind};
 
 const MIB: u64 = 1 << 20;
 const GRANULE: u64 = 65536;
@@ -423,47 +423,6 @@ fn a_qemu_that_is_gone_ends_its_backups_and_may_come_back() {
     domain.close().unwrap();
 }
 
-/// Whoever listens is told when scratch space gets short, and when that ended the backup. The guest
-/// goes on.
-#[test]
-fn events_tell_of_short_scratch_space() {
-    need!("qemu-system-x86_64", "qemu-img");
-    let dir = tools::temp_dir();
-    let path = dir.path().join("vda.qcow2");
-    image::create(&path, "qcow2", 64 * MIB, "");
-    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused().start();
-    qemu.guest_write("vda", 0, 64 * MIB, 1);
-    let mut places = places(dir.path());
-    places.scratch_limit = Some(16 * MIB);
-    let domain = open(&qemu.socket(), &places, dir.path());
-    let events = domain.subscribe();
-    let backup = domain.begin_backup(name("mon")).unwrap();
-    qemu.guest_write("vda", 0, 4 * MIB, 2);
-    qemu.guest_write("vda", 4 * MIB, 9 * MIB, 3);
-    let deadline = Duration::from_secs(20);
-    match events.recv_timeout(deadline).unwrap().what {
-        Happening::ScratchThreshold {
-            id, used, limit, ..
-        } => {
-            assert_eq!((id, limit), (backup.id(), 16 * MIB));
-            assert!(used >= 12 * MIB && used <= limit, "{used}");
-        }
-        other => panic!("{other:?}"),
-    }
-    assert!(backup.failure().is_none());
-    qemu.guest_write("vda", 20 * MIB, 20 * MIB, 4);
-    match events.recv_timeout(deadline).unwrap().what {
-        Happening::JobCompleted { outcome, .. } => {
-            assert_eq!(outcome.unwrap_err().kind(), Kind::NoSpace);
-        }
-        other => panic!("{other:?}"),
-    }
-    qemu.guest_write("vda", 0, 64 * MIB, 5);
-    domain.end_backup(&name("mon")).unwrap();
-    assert_eq!(events.try_iter().count(), 0, "told once");
-    domain.close().unwrap();
-}
-
 /// Neither mode begins while the guest is being migrated; afterwards both do.
 #[test]
 fn no_backup_begins_during_a_migration() {
@@ -502,43 +461,6 @@ fn no_backup_begins_during_a_migration() {
     f.domain.end_backup(&name("tue")).unwrap();
     begin_push().unwrap();
     f.domain.close().unwrap();
-}
-
-/// What the guard ends while it begins is refused as a whole, and nothing is left of it.
-#[test]
-fn ended_while_it_begins() {
-    need!("qemu-system-x86_64", "qemu-img");
-    let dir = tools::temp_dir();
-    let mut build = Qemu::build().paused();
-    for target in ["vda", "vdb", "vdc", "vdd"] {
-        let path = dir.path().join(format!("{target}.qcow2"));
-        image::create(&path, "qcow2", 4 * MIB, "");
-        build = build.disk(target, &path, "qcow2");
-    }
-    let qemu = build.start();
-    let between = QmpFault::start(&qemu.socket());
-    let mut places = places(dir.path());
-    places.scratch_limit = Some(1);
-    let domain = open(&between.path(), &places, dir.path());
-    let before = qemu.state();
-    // Whichever step the guard is awake at: it looks five times a second.
-    for command in ["transaction", "nbd-server-start", "block-export-add"] {
-        between.arm_named(command, Fault::Slow(Duration::from_millis(500)));
-        let error = domain.begin_backup(name("b")).map(drop).unwrap_err();
-        assert!(between.fired());
-        assert_eq!(error.kind(), Kind::NoSpace, "{command}: {error}");
-        tools::eventually("the end", Duration::from_secs(20), || {
-            (qemu.state() == before).then_some(())
-        });
-        assert!(!qemu.nbd_server_running(), "{command}");
-    }
-    domain.close().unwrap();
-    assert_eq!(
-        std::fs::read_dir(dir.path().join("scratch"))
-            .unwrap()
-            .count(),
-        0
-    );
 }
 
 /// With another state directory, and by another monitor of the same QEMU.

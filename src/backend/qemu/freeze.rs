@@ -25,7 +25,7 @@
 //! steps end a backup, undo a begin that failed anywhere (also where QEMU did what it was told but
 //! the answer was lost), and can be repeated.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -154,6 +154,9 @@ impl Part {
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<Scratch> {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
+        if let Some(dir) = self.scratch.as_deref().and_then(Path::parent) {
+            scratch::check_room(dir)?;
+        }
         let scratch = match &self.scratch {
             None => Scratch::create(&shared.places.scratch, &name, peer.uid, peer.gid)?,
             Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
@@ -353,6 +356,15 @@ impl Session {
             pool.close();
         }
         first
+    }
+
+    /// The directory of one of its scratch files, if it is another than the usual one and full.
+    pub(super) fn full_elsewhere(&self, usual: &Path) -> Option<PathBuf> {
+        let scratch = self.scratch.lock();
+        let mut elsewhere = scratch.iter().map(Scratch::dir).filter(|d| *d != usual);
+        elsewhere
+            .find(|d| scratch::room(d) == Some(0))
+            .map(Path::to_owned)
     }
 
     /// Whether nobody was told yet that scratch space gets short.

@@ -158,6 +158,12 @@ fn watch_space(shared: &Shared) {
             }
         }
     }
+    for session in &sessions {
+        if let Some(dir) = session.full_elsewhere(&shared.places.scratch) {
+            let why = format!("the scratch directory {} is nearly full", dir.display());
+            break_off(shared, session, &why, "choose another in the document");
+        }
+    }
     if !sessions.is_empty() && scratch::room(&shared.places.scratch) == Some(0) {
         end_largest(shared, "the scratch directory is nearly full");
     }

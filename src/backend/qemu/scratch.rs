@@ -49,6 +49,11 @@ impl Scratch {
         &self.path
     }
 
+    /// The directory that it is in.
+    pub(super) fn dir(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
+    }
+
     /// Takes the name away; QEMU keeps the file.
     pub(super) fn unlink(&self) {
         if let Err(e) = fs::remove_file(&self.path)
