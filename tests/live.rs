@@ -525,3 +525,54 @@ fn a_second_mount_leaves_the_backups_of_the_first_alone() {
     assert_eq!(content(&backup, 0)[0], 0);
     domain.close().unwrap();
 }
+
+/// Scratch space that a document put elsewhere is looked after there, and costs no other backup its own.
+#[test]
+fn scratch_space_elsewhere_gets_short() {
+    need!("qemu-system-x86_64", "qemu-img");
+    if !tools::is_root() {
+        return tools::skip("only root can mount a small file system for the scratch file");
+    }
+    let f = fixture(&[16 * MIB, 16 * MIB]);
+    for target in ["vda", "vdb"] {
+        f.qemu.guest_write(target, 0, 16 * MIB, 7);
+    }
+    let small = f.dir.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    let text = tools::text;
+    tools::run(
+        "mount",
+        &["-t", "tmpfs", "-o", "size=64m", "none", text(&small)],
+    );
+    let file = std::fs::File::create(small.join("fill")).unwrap();
+    let fill = |length| {
+        let flags = rustix::fs::FallocateFlags::empty();
+        rustix::fs::fallocate(&file, flags, 0, length).unwrap();
+    };
+    fill(54 * MIB);
+    let largest = f.domain.begin_backup(name("largest")).unwrap();
+    f.qemu.guest_write("vda", 0, 16 * MIB, 8);
+    let document = format!(
+        "<domainbackup mode='pull'><disks><disk name='vdb'><scratch file='{}'/></disk></disks>\
+         </domainbackup>",
+        text(&small.join("scratch"))
+    );
+    let begin = |backup| {
+        f.domain
+            .begin_backup_from(&name(backup), document.as_bytes())
+    };
+    begin("elsewhere").unwrap();
+    let elsewhere = f.domain.backup("elsewhere").unwrap();
+    for offset in [0, 2, 4, 6, 8, 10, 12, 14] {
+        f.qemu.guest_write("vdb", offset * MIB, MIB, 9);
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    assert_eq!(elsewhere.failure().unwrap().kind(), Kind::NoSpace);
+    assert!(largest.failure().is_none());
+    f.domain.end_backup(&name("elsewhere")).unwrap();
+    fill(62 * MIB);
+    assert_eq!(begin("again").unwrap_err().kind(), Kind::NoSpace);
+    f.domain.close().unwrap();
+    drop(file);
+    tools::run("umount", &[text(&small)]);
+}

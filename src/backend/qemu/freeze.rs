@@ -25,7 +25,7 @@
 //! steps end a backup, undo a begin that failed anywhere (also where QEMU did what it was told but
 //! the answer was lost), and can be repeated.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -89,7 +89,10 @@ pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFroz
     shared.settle()?;
     let monitor = shared.link.monitor()?;
     shared.not_migrating(&monitor)?;
-    scratch::check_room(&shared.places.scratch)?;
+    for disk in &plan.disks {
+        let own = disk.scratch.as_ref().and_then(|s| Path::new(s).parent());
+        scratch::check_room(own.unwrap_or(&shared.places.scratch))?;
+    }
     if plan.server.is_some() && Access::of(monitor.client().version()).asks_the_overlay() {
         return Err(Error::new(
             Kind::Unsupported,
@@ -362,6 +365,11 @@ impl Session {
 
     pub(super) fn scratch_used(&self) -> u64 {
         self.scratch.lock().iter().map(Scratch::used).sum()
+    }
+
+    /// Whether there is no room left for what it has still to copy.
+    pub(super) fn is_short_of_room(&self) -> bool {
+        self.scratch.lock().iter().any(|s| s.room() == Some(0))
     }
 
     /// Takes everything apart; nothing is left to do after it succeeded once.
