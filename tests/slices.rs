@@ -9,6 +9,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -483,6 +484,38 @@ fn what_is_open_stays_of_its_night() {
         world.end("tue");
         world.unmount().assert_clean();
     }
+}
+
+/// A directory that is held open shows one instant, or nothing: also under names that the kernel knows.
+#[test]
+fn a_directory_that_is_held_shows_no_other_night() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let Some(()) = tools::fuse() else { return };
+    let slice = 64 * 1024;
+    let mut world = World::new(4 * slice, slice);
+    world.begin("mon");
+    let held = std::fs::File::open(world.mount().path("current/vda/0000")).unwrap();
+    let inside = format!("/proc/self/fd/{}", held.as_raw_fd());
+    let names = ["0000000", "0000001"].map(|name| Path::new(&inside).join(name));
+    let mon = names.each_ref().map(|name| std::fs::read(name).unwrap());
+    let open = std::fs::File::open(&names[0]).unwrap();
+    world.end("mon");
+    world.write_in(&[0].into());
+    world.begin("tue");
+    for name in &names {
+        let gone = std::fs::read(name).unwrap_err();
+        assert_eq!(gone.kind(), std::io::ErrorKind::NotFound, "{name:?}");
+    }
+    // What is open is of its night.
+    let mut bytes = vec![0; slice as usize];
+    if open.read_exact_at(&mut bytes, 0).is_ok() {
+        assert!(bytes == mon[0]);
+    }
+    let tue = std::fs::read(&world.slices("current")[0]).unwrap();
+    assert!(tue != mon[0]);
+    world.end("tue");
+    drop((held, open));
+    world.unmount().assert_clean();
 }
 
 /// Killed when the checkpoint was made and the table of stamps was not yet: no change is hidden.

@@ -89,7 +89,10 @@ pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFroz
     shared.settle()?;
     let monitor = shared.link.monitor()?;
     shared.not_migrating(&monitor)?;
-    scratch::check_room(&shared.places.scratch)?;
+    for disk in &plan.disks {
+        let own = disk.scratch.as_ref().and_then(|s| Path::new(s).parent());
+        scratch::check_room(own.unwrap_or(&shared.places.scratch))?;
+    }
     if plan.server.is_some() && Access::of(monitor.client().version()).asks_the_overlay() {
         return Err(Error::new(
             Kind::Unsupported,
@@ -154,9 +157,6 @@ impl Part {
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<Scratch> {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
-        if let Some(dir) = self.scratch.as_deref().and_then(Path::parent) {
-            scratch::check_room(dir)?;
-        }
         let scratch = match &self.scratch {
             None => Scratch::create(&shared.places.scratch, &name, peer.uid, peer.gid)?,
             Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
@@ -358,15 +358,6 @@ impl Session {
         first
     }
 
-    /// The directory of one of its scratch files, if it is another than the usual one and full.
-    pub(super) fn full_elsewhere(&self, usual: &Path) -> Option<PathBuf> {
-        let scratch = self.scratch.lock();
-        let mut elsewhere = scratch.iter().map(Scratch::dir).filter(|d| *d != usual);
-        elsewhere
-            .find(|d| scratch::room(d) == Some(0))
-            .map(Path::to_owned)
-    }
-
     /// Whether nobody was told yet that scratch space gets short.
     pub(super) fn warn_once(&self) -> bool {
         !self.warned.swap(true, Ordering::AcqRel)
@@ -374,6 +365,11 @@ impl Session {
 
     pub(super) fn scratch_used(&self) -> u64 {
         self.scratch.lock().iter().map(Scratch::used).sum()
+    }
+
+    /// Whether there is no room left for what it has still to copy.
+    pub(super) fn is_short_of_room(&self) -> bool {
+        self.scratch.lock().iter().any(|s| s.room() == Some(0))
     }
 
     /// Takes everything apart; nothing is left to do after it succeeded once.

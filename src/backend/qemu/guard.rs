@@ -158,14 +158,8 @@ fn watch_space(shared: &Shared) {
             }
         }
     }
-    for session in &sessions {
-        if let Some(dir) = session.full_elsewhere(&shared.places.scratch) {
-            let why = format!("the scratch directory {} is nearly full", dir.display());
-            break_off(shared, session, &why, "choose another in the document");
-        }
-    }
-    if !sessions.is_empty() && scratch::room(&shared.places.scratch) == Some(0) {
-        end_largest(shared, "the scratch directory is nearly full");
+    if sessions.iter().any(|s| s.is_short_of_room()) {
+        end_largest(shared, "the scratch space is nearly full");
     }
 }
 
@@ -206,9 +200,11 @@ fn write_failed(shared: &Shared, event: &qmp::Event) {
     }
 }
 
+/// Ends the one that takes the most, of those without room where any is: others have theirs elsewhere.
 fn end_largest(shared: &Shared, why: &str) {
     let sessions = running(shared);
-    if let Some(session) = sessions.iter().max_by_key(|s| s.scratch_used()) {
+    let order = |s: &&Arc<Session>| (s.is_short_of_room(), s.scratch_used());
+    if let Some(session) = sessions.iter().max_by_key(order) {
         let hint = "use a larger -o scratch=DIR, or read faster";
         break_off(shared, session, why, hint);
     }

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -49,11 +50,6 @@ impl Scratch {
         &self.path
     }
 
-    /// The directory that it is in.
-    pub(super) fn dir(&self) -> &Path {
-        self.path.parent().unwrap_or(&self.path)
-    }
-
     /// Takes the name away; QEMU keeps the file.
     pub(super) fn unlink(&self) {
         if let Err(e) = fs::remove_file(&self.path)
@@ -66,6 +62,12 @@ impl Scratch {
     /// Bytes that the file takes.
     pub(super) fn used(&self) -> u64 {
         self.file.metadata().map_or(0, |m| m.blocks() * 512)
+    }
+
+    /// As [`room`], where the file is.
+    pub(super) fn room(&self) -> Option<u64> {
+        // SAFETY: a descriptor that is open, and a place for the answer.
+        above_reserve(|stat| unsafe { libc::fstatvfs(self.file.as_raw_fd(), stat) })
     }
 }
 
@@ -101,15 +103,19 @@ pub(super) fn check_room(dir: &Path) -> Result<()> {
 pub(super) fn room(dir: &Path) -> Option<u64> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
+    // SAFETY: a C string and a place for the answer, both alive for the call.
+    above_reserve(|stat| unsafe { libc::statvfs(path.as_ptr(), stat) })
+}
+
+fn above_reserve(ask: impl FnOnce(*mut libc::statvfs) -> libc::c_int) -> Option<u64> {
     // SAFETY: all-zero bytes are a valid statvfs.
     let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a C string and a place for the answer, both alive for the call.
-    if unsafe { libc::statvfs(path.as_ptr(), &raw mut stat) } != 0 {
+    if ask(&raw mut stat) != 0 {
         return None;
     }
-    let unit = stat.f_frsize;
-    let reserve = RESERVE.min(stat.f_blocks * unit / 20);
-    Some((stat.f_bavail * unit).saturating_sub(reserve))
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    let reserve = RESERVE.min(bytes(stat.f_blocks) / 20);
+    Some(bytes(stat.f_bavail).saturating_sub(reserve))
 }
 
 /// Removes the files of dead processes: one that was killed between making a file and unlinking it.
