@@ -498,7 +498,7 @@ const QUOTES: &[(&str, &str, &str, &str)] = &[
         "docs/semantics.md",
         "less than a twentieth",
         "src/backend/qemu/scratch.rs",
-        "unit / 20",
+        "(stat.f_blocks) / 20",
     ),
     (
         "docs/semantics.md",

@@ -367,6 +367,13 @@ impl Session {
         self.scratch.lock().iter().map(Scratch::used).sum()
     }
 
+    /// Adds something that [`dissolve`](Part::dissolve) removes: not while that is under way, which
+    /// would have passed it by already, and cancel the job under a reader of it.
+    pub(super) fn unless_over<T>(&self, add: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _whole = self.gone.lock();
+        self.failure().map_or_else(add, Err)
+    }
+
     /// Whether there is no room left for what it has still to copy.
     pub(super) fn is_short_of_room(&self) -> bool {
         self.scratch.lock().iter().any(|s| s.room() == Some(0))

@@ -119,12 +119,10 @@ impl QemuDisk {
         work: impl FnOnce(&str) -> Result<T>,
     ) -> Result<T> {
         let _one = self.exporting.lock();
-        if let Some(why) = self.session.failure() {
-            return Err(why);
-        }
         let monitor = self.shared.link.monitor()?;
         let export = self.part().names.map_export();
-        monitor.export_add(&export, node, &export, bitmaps)?;
+        self.session
+            .unless_over(|| monitor.export_add(&export, node, &export, bitmaps))?;
         let outcome = work(&export);
         let removed = monitor.export_del(&export);
         let value = outcome?;
