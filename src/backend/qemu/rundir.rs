@@ -178,17 +178,28 @@ impl Drop for RunDir {
 /// The directories of dead processes below `parent`.
 pub(crate) fn dead(parent: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-    entries.map(|e| e.path()).filter(|p| is_dead(p)).collect()
+    let paths = entries.map(|e| e.path());
+    paths.filter(|p| is_ours(p) && is_dead(p)).collect()
 }
 
 /// Whether the process with this id is dead, as far as `parent` tells.
 pub(crate) fn is_dead_id(parent: &Path, id: &str) -> bool {
     let path = parent.join(id);
-    !path.exists() || is_dead(&path)
+    !is_ours(&path) || is_dead(&path)
+}
+
+/// Whether it is such a directory, made by this user. There may be anything beside it, if `runtime=` is
+/// a place that others use too, and what is dead is removed with all that it names.
+fn is_ours(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    let user = rustix::process::geteuid().as_raw();
+    name.len() == 6
+        && name.iter().all(u8::is_ascii_hexdigit)
+        && fs::symlink_metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == user)
 }
 
 fn is_dead(path: &Path) -> bool {
-    // No lock file: made this moment, or not one of these directories.
+    // No lock file: made this moment.
     let lock = OpenOptions::new().write(true).open(path.join("lock"));
     lock.is_ok_and(|lock| lock.try_lock().is_ok())
 }
@@ -285,7 +296,16 @@ mod tests {
         drop(File::open(path.join("lock")).unwrap());
         let RunDir { _lock, .. } = &killed;
         _lock.unlock().unwrap(); // what the kernel does for a killed process
-        fs::create_dir(parent.path().join("foreign")).unwrap();
+        // What only looks like one: of another name, by a link, of another user.
+        let [named, link, owned] = ["foreign", "abcdef", "fedcba"].map(|n| parent.path().join(n));
+        for path in [&named, &owned] {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("lock"), "").unwrap();
+        }
+        std::os::unix::fs::symlink(&named, &link).unwrap();
+        if std::os::unix::fs::chown(&owned, Some(65534), None).is_err() {
+            fs::remove_dir_all(&owned).unwrap(); // Only root can give things away.
+        }
         assert_eq!(dead(parent.path()), [path]);
         assert!(!is_dead_id(parent.path(), alive.id()));
         let path = alive.path.clone();
