@@ -198,3 +198,39 @@ fn a_full_scratch_ends_the_backup_and_not_the_guest() {
     }
     assert_eq!(f.qemu.status(), "running");
 }
+
+/// A guest starts on what was copied: a full image and the changes on top of it, as they were named.
+#[test]
+fn a_guest_boots_from_the_chain_of_images() {
+    need!("qemu-system-x86_64", "qemu-img", "mkfs.ext4");
+    let Some(mut f) = boot(&["vda"]) else { return };
+    let files = common::qemu::linux().unwrap();
+    let mount = Fleecefs::qmp(&f.qemu.socket()).mount();
+    let copies = f.dir.path().join("copies");
+    std::fs::create_dir(&copies).unwrap();
+    let mut last = 0;
+    for (backup, from) in [("mon", "qcow2"), ("tue", "since/mon"), ("wed", "since/tue")] {
+        f.qemu.console().rounds_more(5, Duration::from_secs(120));
+        last = f.qemu.console().round();
+        mount.mkdir(&format!("backups/{backup}")).unwrap();
+        let image = mount.path(&format!("backups/{backup}/{from}/vda.qcow2"));
+        let copy = copies.join(format!("{backup}.qcow2"));
+        run("cp", &[text(&image), text(&copy)]);
+        run("chmod", &["600", text(&copy)]);
+        run("qemu-img", &["check", "-q", text(&copy)]);
+        mount.rmdir(&format!("backups/{backup}")).unwrap();
+    }
+    mount.umount().assert_clean();
+    f.qemu.console().tell("poweroff");
+    f.qemu.wait(Duration::from_secs(60));
+    let top = copies.join("wed.qcow2");
+    let build = Qemu::build().linux(&files, "fleece=idle");
+    let mut qemu = build.disk("vda", &top, "qcow2").start();
+    qemu.console().ready();
+    // It mounted the disk, replaying the journal, and goes on where Wednesday's instant was.
+    qemu.console().tell("write 2");
+    let now = qemu.console().round();
+    assert!(now >= last + 2, "{now} after {last}");
+    qemu.console().tell("poweroff");
+    qemu.wait(Duration::from_secs(60));
+}

@@ -14,8 +14,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
-        &["fuse", "vfs", "engine", "view", "backend", "xml", "model"],
+        &[
+            "fuse", "vfs", "engine", "restore", "view", "backend", "xml", "model",
+        ],
     ),
+    ("restore", &["view", "xml", "model"]),
     ("fuse", &["vfs", "engine", "view", "model"]),
     ("vfs", &["engine", "view", "backend", "xml", "model"]),
     ("engine", &["view", "backend", "xml", "model"]),
@@ -426,6 +429,11 @@ mod the_checker {
             "qmp must not know nbd",
         );
         rejects("src/view/a.rs", "use crate::backend::X;", "view must not");
+        rejects(
+            "src/restore/a.rs",
+            "use crate::engine::X;",
+            "restore must not",
+        );
         rejects("src/model/a.rs", "use crate::xml::X;", "model must not");
         rejects("src/main.rs", "use fleecefs::engine::X;", "main must not");
         rejects("src/fuse/a.rs", "use crate::nbd::X;", "fuse must not");

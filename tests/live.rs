@@ -10,6 +10,8 @@ use std::time::Duration;
 use common::domain::{content, fixture, name, open, places, since};
 use common::tools::{self, need};
 use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
+use fleecefs::backend::Source;
+use fleecefs::engine::{Domain, Options, Store};
 use fleecefs::model::{Change, Kind};
 
 const MIB: u64 = 1 << 20;
@@ -418,5 +420,70 @@ fn a_qemu_that_is_gone_ends_its_backups_and_may_come_back() {
     );
     domain.end_backup(&name("mon")).unwrap();
     assert!(domain.backups().is_empty());
+    domain.close().unwrap();
+}
+
+/// Neither mode begins while the guest is being migrated; afterwards both do.
+#[test]
+fn no_backup_begins_during_a_migration() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let f = fixture(&[4 * MIB]);
+    f.domain.create_checkpoint(name("mon")).unwrap();
+    let before = f.qemu.state();
+    // A destination that takes the connection and nothing more.
+    let socket = f.dir.path().join("destination.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let uri = format!("unix:{}", socket.display());
+    f.qemu.cmd("migrate", serde_json::json!({"uri": uri}));
+    let (destination, _) = listener.accept().unwrap();
+    let target = f.dir.path().join("copy.qcow2");
+    let push = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+        target.display()
+    );
+    let begin_push = || f.domain.begin_backup_from(&name("push"), push.as_bytes());
+    for error in [
+        f.domain.begin_backup(name("tue")).err().unwrap(),
+        begin_push().unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), Kind::Busy, "{error}");
+        assert!(error.to_string().contains("migrated"), "{error}");
+    }
+    assert_eq!(f.qemu.state(), before);
+    f.qemu.cmd("migrate_cancel", serde_json::json!({}));
+    drop(destination);
+    tools::eventually("the migration's end", Duration::from_secs(30), || {
+        let status = f.qemu.cmd("query-migrate", serde_json::json!({}));
+        let over = ["cancelled", "failed"].contains(&status["status"].as_str().unwrap_or(""));
+        over.then_some(())
+    });
+    f.domain.begin_backup(name("tue")).unwrap();
+    f.domain.end_backup(&name("tue")).unwrap();
+    begin_push().unwrap();
+    f.domain.close().unwrap();
+}
+
+/// With another state directory, and by another monitor of the same QEMU.
+#[test]
+fn a_second_mount_leaves_the_backups_of_the_first_alone() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    image::create(&path, "qcow2", 4 * MIB, "");
+    let socket = dir.path().join("second.sock");
+    let monitor = format!("socket,id=two,path={},server=on,wait=off", socket.display());
+    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused();
+    let more = ["-chardev", &monitor, "-mon", "chardev=two,mode=control"];
+    let qemu = qemu.args(&more).start();
+    let places = places(dir.path());
+    let domain = open(&qemu.socket(), &places, dir.path());
+    let backup = domain.begin_backup(name("mon")).unwrap();
+    qemu.guest_write("vda", 0, 4096, 1);
+
+    let store = Store::open(&dir.path().join("other state")).unwrap();
+    let second = Source::Qmp(socket).open(&places).unwrap();
+    let refused = Domain::open(second, store, Options::default()).map(drop);
+    assert_eq!(refused.unwrap_err().kind(), Kind::Busy);
+    assert_eq!(content(&backup, 0)[0], 0);
     domain.close().unwrap();
 }

@@ -6,6 +6,7 @@ mod common;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -371,11 +372,13 @@ fn qemu_of_another_user() {
     assert!(bytes.iter().all(|b| *b == 0));
     let runtime = mount.home().path("runtime");
     let own = std::fs::read_dir(runtime).unwrap().next().unwrap().unwrap();
-    let meta = own.metadata().unwrap();
-    assert_eq!(
-        (meta.uid(), meta.permissions().mode() & 0o777),
-        (65534, 0o700)
-    );
+    let access = |path: &Path| {
+        let meta = std::fs::metadata(path).unwrap();
+        (meta.uid(), meta.gid(), meta.permissions().mode() & 0o777)
+    };
+    // QEMU's are the sockets, and nothing that fleecefs writes or believes.
+    assert_eq!(access(&own.path()), (0, 65534, 0o710));
+    assert_eq!(access(&own.path().join("nbd")), (65534, 65534, 0o700));
     mount.umount().assert_clean();
 }
 
@@ -457,4 +460,34 @@ fn a_hung_qemu_is_no_hung_mount() {
     mount.mkdir("backups/d").unwrap();
     drop(raw);
     mount.umount().assert_clean();
+}
+
+/// Somebody else's mount namespace, made meanwhile, has a copy of the mount and keeps it: unmounting
+/// ends fleecefs all the same.
+#[test]
+fn a_copy_of_the_mount_elsewhere_holds_nothing_up() {
+    need!("qemu-img", "unshare");
+    let Some(()) = tools::fuse() else { return };
+    if !tools::is_root() {
+        return tools::skip("only root can make a mount namespace");
+    }
+    let (_dir, path) = image_of(16 * MIB);
+    let mount = Fleecefs::source(text(&path)).daemon().mount();
+    mount.mkdir("backups/b").unwrap();
+    let mut elsewhere = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sleep", "600"])
+        .spawn()
+        .unwrap();
+    let seen = format!("/proc/{}/mountinfo", elsewhere.id());
+    let point = mount.path("");
+    let point = text(&point).trim_end_matches('/').to_owned();
+    let own = std::fs::read_link("/proc/self/ns/mnt").unwrap();
+    tools::eventually("the copy", tools::DEADLINE, || {
+        let namespace = std::fs::read_link(format!("/proc/{}/ns/mnt", elsewhere.id())).ok()?;
+        let mounts = std::fs::read_to_string(&seen).ok()?;
+        (namespace != own && mounts.contains(&point)).then_some(())
+    });
+    mount.umount().assert_clean();
+    elsewhere.kill().unwrap();
+    elsewhere.wait().unwrap();
 }

@@ -4,10 +4,12 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use common::domain::{Fixture, content, fixture, name};
+use common::domain::{Fixture, content, fixture, fixture_with, name, open, places};
+use common::qemu::Builder;
 use common::tools::{self, DEADLINE, need, run, text};
-use common::{Disk, Rng, Write, image};
+use common::{Disk, Fault, QmpFault, Rng, Write, image};
 use fleecefs::engine::{Domain, Job};
 use fleecefs::model::{Control, Happening, JobState, Kind, Mode, Outcome};
 
@@ -159,7 +161,7 @@ fn incremental_onto_the_previous_full_reproduces_the_disk() {
 #[test]
 fn a_running_push_is_steered_and_aborted() {
     need!("qemu-system-x86_64", "qemu-img");
-    let f = fixture(&[32 * MIB]);
+    let f = fixture_with(&[32 * MIB], Builder::slow);
     let before = f.qemu.state();
     f.qemu.guest_write("vda", 0, 32 * MIB, 7);
     let target = f.dir.path().join("copy.qcow2");
@@ -348,6 +350,34 @@ fn a_full_target_ends_the_backup_not_the_guest() {
     f.domain.delete_checkpoint(&name("big")).unwrap();
     assert_eq!(f.qemu.state(), before);
     f.domain.close().unwrap();
+}
+
+/// Whoever owns the target's directory can put something else there. It is not taken for the backup, not
+/// removed, and nobody waits for it.
+#[test]
+fn a_target_that_is_replaced() {
+    need!("qemu-system-x86_64", "qemu-img", "mkfifo");
+    let f = fixture(&[8 * MIB]);
+    f.qemu.guest_write("vda", 0, 8 * MIB, 7);
+    let target = f.dir.path().join("copy.qcow2");
+    let document = document(None, &[("vda", "qcow2", &target, "")]);
+    let between = QmpFault::start(&f.qemu.socket());
+    f.domain.close().unwrap();
+    drop(f.domain);
+    let domain = open(&between.path(), &places(f.dir.path()), f.dir.path());
+    // What follows is quicker than the end of the job.
+    between.arm_named("blockdev-del", Fault::Slow(Duration::from_secs(1)));
+    let job = push(&domain, "mon", &document);
+    std::fs::rename(&target, f.dir.path().join("away")).unwrap();
+    run("mkfifo", &[text(&target)]);
+    let failed = tools::eventually("the failure", DEADLINE, || match state(&domain, job) {
+        JobState::Failed(why) => Some(why),
+        _ => None,
+    });
+    assert!(failed.to_string().contains("replaced"), "{failed}");
+    assert!(target.exists());
+    domain.end(job, false).unwrap();
+    domain.close().unwrap();
 }
 
 /// Two that are read and one that is written, of three instants, ended in all six orders.

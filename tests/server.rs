@@ -6,8 +6,8 @@ mod common;
 
 use std::path::Path;
 
-use common::domain::{content, fixture, name, open, places};
-use common::tools::{self, need, run, text};
+use common::domain::{Fixture, content, fixture, name, open, places};
+use common::tools::{need, run, text};
 use common::{Disk, Write};
 use fleecefs::model::Kind;
 
@@ -21,13 +21,25 @@ fn nbd_copy(uri: &str, to: &Path) -> Vec<u8> {
     bytes
 }
 
+/// It would show clients newer data, and cannot be helped.
+fn refused_by_an_old_qemu(f: &Fixture) {
+    let before = f.qemu.state();
+    let document = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/></domainbackup>",
+        f.dir.path().join("old.sock").display()
+    );
+    let refused = f.domain.begin_backup_from(&name("x"), document.as_bytes());
+    assert_eq!(refused.unwrap_err().kind(), Kind::Unsupported);
+    assert_eq!(f.qemu.state(), before);
+}
+
 #[test]
 fn each_backup_is_served_at_its_own_address() {
     need!("qemu-system-x86_64", "qemu-img", "nbdinfo", "nbdcopy");
-    if common::qemu::is_before_8() {
-        return tools::skip("QEMU before 8.0 cannot serve clients from outside");
-    }
     let f = fixture(&[8 * MIB, 4 * MIB]);
+    if common::qemu::is_before_8() {
+        return refused_by_an_old_qemu(&f);
+    }
     let before = f.qemu.state();
     let path = |name: &str| f.dir.path().join(name);
     let mut model = Disk::new(8 * MIB);
@@ -122,10 +134,10 @@ fn each_backup_is_served_at_its_own_address() {
 #[test]
 fn tcp_with_keys_and_not_without() {
     need!("qemu-system-x86_64", "qemu-img", "nbdinfo", "nbdcopy");
-    if common::qemu::is_before_8() {
-        return tools::skip("QEMU before 8.0 cannot serve clients from outside");
-    }
     let f = fixture(&[4 * MIB]);
+    if common::qemu::is_before_8() {
+        return refused_by_an_old_qemu(&f);
+    }
     f.qemu.guest_write("vda", 0, MIB, 9);
     let keys = f.dir.path().join("keys.psk");
     std::fs::write(&keys, format!("admin:{}\n", "5a".repeat(32))).unwrap();
@@ -146,7 +158,7 @@ fn tcp_with_keys_and_not_without() {
         .unwrap_err();
     assert!(refused.to_string().contains("tls-psk"), "{refused}");
     f.domain.close().unwrap();
-    let common::domain::Fixture { dir, qemu, domain } = f;
+    let Fixture { dir, qemu, domain } = f;
     drop(domain);
     let mut places = places(dir.path());
     places.tls_psk = Some(keys.clone());

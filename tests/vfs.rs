@@ -350,6 +350,29 @@ fn listing_asks_nobody_and_a_stat_asks_once() {
     );
 }
 
+/// All forms of the same changes are made of one answer of the domain, however often they are read.
+#[test]
+fn changes_are_asked_for_once_a_backup() {
+    let f = fixture();
+    f.mkdir("checkpoints/mon").unwrap();
+    f.write(5, 1);
+    f.mkdir("backups/tue").unwrap();
+    for expected in [&["changed", "allocation"][..], &[]] {
+        let asked = f.calls(|| {
+            for form in ["map", "json", "bmap", "raw", "qcow2"] {
+                let path = format!("backups/tue/since/mon/vda.{form}");
+                assert!(f.stat(&path).size > 0, "{form}");
+                let handle = f.open(&path);
+                assert!(!f.bytes(handle).is_empty(), "{form}");
+                f.release(handle);
+            }
+        });
+        let maps = asked.into_iter().filter(|call| call != "read_at");
+        let maps: Vec<String> = maps.collect();
+        assert_eq!(maps, expected);
+    }
+}
+
 #[test]
 fn what_cannot_be_done_and_its_kind() {
     let f = fixture();

@@ -12,6 +12,7 @@ use crate::model::{
 pub mod found;
 #[cfg(feature = "libvirt")]
 mod libvirt;
+mod names;
 mod over_nbd;
 mod qemu;
 mod rundir;

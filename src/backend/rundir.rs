@@ -1,13 +1,15 @@
 //! A private directory for sockets, and what killed processes left beside it.
 //!
-//! Each mount makes `RUNTIME/<id>`, mode 0700 and owned by QEMU's user, so that QEMU and root can
-//! enter and nobody else: QEMU gives its NBD socket mode 0777 minus its umask. The directory's lock
-//! is held as long as the process lives; a directory whose lock is free belongs to a dead one.
+//! Each mount makes `RUNTIME/<id>`, which is its own, and in it `nbd/`, mode 0700, which is QEMU's
+//! user's: so QEMU and root can enter and nobody else, and QEMU gives its NBD socket mode 0777 minus
+//! its umask. The rest is not QEMU's to write: a guest that has broken out of it finds no file there
+//! whose place a symbolic link could take, and no list of files to be removed. The directory's lock is
+//! held as long as the process lives; a directory whose lock is free belongs to a dead one.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -17,6 +19,9 @@ use crate::model::{Error, Kind, Result};
 
 /// `sun_path` holds 108 bytes with the final zero.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// The part of it that is QEMU's.
+const SOCKETS: &str = "nbd";
 
 /// Names the files that push backups were writing.
 const TARGETS: &str = "push-targets";
@@ -54,10 +59,9 @@ impl RunDir {
         make_passable(parent).map_err(failed)?;
         let id = random_id();
         let path = parent.join(&id);
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(failed)?;
+        let private = |path: &Path| DirBuilder::new().mode(0o700).create(path);
+        private(&path).map_err(failed)?;
+        private(&path.join(SOCKETS)).map_err(failed)?;
         let lock = OpenOptions::new()
             .create_new(true)
             .write(true)
@@ -74,8 +78,8 @@ impl RunDir {
             targets: Mutex::default(),
             _lock: lock,
         };
-        // Longest name of a socket in it.
-        let socket = dir.path.join("nbd.sock");
+        // The longest name of a socket in it.
+        let socket = dir.socket();
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Error::new(
                 Kind::Invalid,
@@ -98,9 +102,22 @@ impl RunDir {
         &self.path
     }
 
-    /// Gives the directory to QEMU's user.
+    /// Where QEMU's NBD server is to listen.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path.join(SOCKETS).join("sock")
+    }
+
+    /// Gives the sockets' directory to QEMU's user, whose group may pass through to it.
     pub(crate) fn give_to(&self, uid: u32, gid: u32) -> Result<()> {
-        give_to(&self.path, uid, gid)
+        let sockets = self.path.join(SOCKETS);
+        let open = |path: &Path| File::open(path).map_err(|e| cannot_give(path, uid, &e));
+        let own = open(&self.path)?;
+        if give_to(&open(&sockets)?, &sockets, uid, gid)? {
+            fchown(&own, None, Some(gid))
+                .and_then(|()| own.set_permissions(fs::Permissions::from_mode(0o710)))
+                .map_err(|e| cannot_give(&self.path, uid, &e))?;
+        }
+        Ok(())
     }
 
     /// Notes that the NBD server of the QEMU with this process id is ours to stop.
@@ -112,9 +129,8 @@ impl RunDir {
     }
 
     pub(crate) fn forget_server(&self) {
-        for name in ["nbd-server", "nbd.sock"] {
-            let _ = fs::remove_file(self.path.join(name));
-        }
+        let _ = fs::remove_file(self.path.join("nbd-server"));
+        let _ = fs::remove_file(self.socket());
     }
 
     /// Notes that a file was made for a push backup, and is none yet.
@@ -162,17 +178,28 @@ impl Drop for RunDir {
 /// The directories of dead processes below `parent`.
 pub(crate) fn dead(parent: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-    entries.map(|e| e.path()).filter(|p| is_dead(p)).collect()
+    let paths = entries.map(|e| e.path());
+    paths.filter(|p| is_ours(p) && is_dead(p)).collect()
 }
 
 /// Whether the process with this id is dead, as far as `parent` tells.
 pub(crate) fn is_dead_id(parent: &Path, id: &str) -> bool {
     let path = parent.join(id);
-    !path.exists() || is_dead(&path)
+    !is_ours(&path) || is_dead(&path)
+}
+
+/// Whether it is such a directory, made by this user. There may be anything beside it, if `runtime=` is
+/// a place that others use too, and what is dead is removed with all that it names.
+fn is_ours(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    let user = rustix::process::geteuid().as_raw();
+    name.len() == 6
+        && name.iter().all(u8::is_ascii_hexdigit)
+        && fs::symlink_metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == user)
 }
 
 fn is_dead(path: &Path) -> bool {
-    // No lock file: made this moment, or not one of these directories.
+    // No lock file: made this moment.
     let lock = OpenOptions::new().write(true).open(path.join("lock"));
     lock.is_ok_and(|lock| lock.try_lock().is_ok())
 }
@@ -226,22 +253,27 @@ pub fn make_passable(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes `path` QEMU's own. Only root can give things away.
-pub(crate) fn give_to(path: &Path, uid: u32, gid: u32) -> Result<()> {
-    let same = fs::metadata(path).is_ok_and(|m| m.uid() == uid);
-    if same {
-        return Ok(());
+/// Makes the file at `path` QEMU's own, unless it is; whether that was to be done. Only root can give
+/// things away. By its descriptor: another user's directory may hold something else under the name by
+/// now.
+pub(crate) fn give_to(file: &File, path: &Path, uid: u32, gid: u32) -> Result<bool> {
+    let failed = |e| cannot_give(path, uid, &e);
+    if file.metadata().map_err(failed)?.uid() == uid {
+        return Ok(false);
     }
-    std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(|e| {
-        Error::new(
-            Kind::NotPermitted,
-            format!(
-                "QEMU runs as user {uid}, and {} cannot be given to it: {e}",
-                path.display()
-            ),
-        )
-        .hint("run fleecefs as root, or as QEMU's user")
-    })
+    fchown(file, Some(uid), Some(gid)).map_err(failed)?;
+    Ok(true)
+}
+
+fn cannot_give(path: &Path, uid: u32, error: &io::Error) -> Error {
+    Error::new(
+        Kind::NotPermitted,
+        format!(
+            "QEMU runs as user {uid}, and {} cannot be given to it: {error}",
+            path.display()
+        ),
+    )
+    .hint("run fleecefs as root, or as QEMU's user")
 }
 
 fn random_id() -> String {
@@ -264,7 +296,16 @@ mod tests {
         drop(File::open(path.join("lock")).unwrap());
         let RunDir { _lock, .. } = &killed;
         _lock.unlock().unwrap(); // what the kernel does for a killed process
-        fs::create_dir(parent.path().join("foreign")).unwrap();
+        // What only looks like one: of another name, by a link, of another user.
+        let [named, link, owned] = ["foreign", "abcdef", "fedcba"].map(|n| parent.path().join(n));
+        for path in [&named, &owned] {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("lock"), "").unwrap();
+        }
+        std::os::unix::fs::symlink(&named, &link).unwrap();
+        if std::os::unix::fs::chown(&owned, Some(65534), None).is_err() {
+            fs::remove_dir_all(&owned).unwrap(); // Only root can give things away.
+        }
         assert_eq!(dead(parent.path()), [path]);
         assert!(!is_dead_id(parent.path(), alive.id()));
         let path = alive.path.clone();
@@ -285,6 +326,24 @@ mod tests {
         assert!(!is_running(pid));
         child.wait().unwrap();
         assert!(!is_running(pid));
+    }
+
+    #[test]
+    fn what_is_given_away_is_the_file_that_was_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let [made, other] = ["made", "other"].map(|name| dir.path().join(name));
+        let file = File::create(&made).unwrap();
+        fs::write(&other, "").unwrap();
+        let own = file.metadata().unwrap().uid();
+        if own != 0 {
+            return; // Only root can give things away.
+        }
+        fs::remove_file(&made).unwrap();
+        std::os::unix::fs::symlink(&other, &made).unwrap();
+        assert!(give_to(&file, &made, 65534, 65534).unwrap());
+        assert_eq!(file.metadata().unwrap().uid(), 65534);
+        assert_eq!(fs::metadata(&other).unwrap().uid(), own);
+        assert!(!give_to(&file, &made, 65534, 65534).unwrap(), "it is");
     }
 
     #[test]

@@ -5,18 +5,16 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::rundir;
+use super::{names, rundir};
 use crate::model::{Error, Kind, Result};
 
 /// Space that is left alone on the scratch directory's file system: this much, or a twentieth of
 /// the file system if that is less. Below it, backups are ended, the one that takes most first.
 const RESERVE: u64 = 1 << 30;
-
-/// Begins every scratch file's name.
-const PREFIX: &str = "fleece-";
 
 /// One disk's scratch file.
 #[derive(Debug)]
@@ -29,7 +27,7 @@ impl Scratch {
     /// Makes an empty file that QEMU's user can write.
     pub(super) fn create(dir: &Path, name: &str, uid: u32, gid: u32) -> Result<Self> {
         rundir::make_passable(dir).map_err(|e| unusable(dir, &e))?;
-        Self::create_at(&dir.join(format!("{PREFIX}{name}")), uid, gid)
+        Self::create_at(&dir.join(name), uid, gid)
     }
 
     /// Makes it under this path, where nothing may be.
@@ -44,7 +42,7 @@ impl Scratch {
             path: path.to_owned(),
             file,
         };
-        rundir::give_to(&scratch.path, uid, gid)?;
+        rundir::give_to(&scratch.file, &scratch.path, uid, gid)?;
         Ok(scratch)
     }
 
@@ -64,6 +62,12 @@ impl Scratch {
     /// Bytes that the file takes.
     pub(super) fn used(&self) -> u64 {
         self.file.metadata().map_or(0, |m| m.blocks() * 512)
+    }
+
+    /// As [`room`], where the file is.
+    pub(super) fn room(&self) -> Option<u64> {
+        // SAFETY: a descriptor that is open, and a place for the answer.
+        above_reserve(|stat| unsafe { libc::fstatvfs(self.file.as_raw_fd(), stat) })
     }
 }
 
@@ -99,24 +103,26 @@ pub(super) fn check_room(dir: &Path) -> Result<()> {
 pub(super) fn room(dir: &Path) -> Option<u64> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
+    // SAFETY: a C string and a place for the answer, both alive for the call.
+    above_reserve(|stat| unsafe { libc::statvfs(path.as_ptr(), stat) })
+}
+
+fn above_reserve(ask: impl FnOnce(*mut libc::statvfs) -> libc::c_int) -> Option<u64> {
     // SAFETY: all-zero bytes are a valid statvfs.
     let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a C string and a place for the answer, both alive for the call.
-    if unsafe { libc::statvfs(path.as_ptr(), &raw mut stat) } != 0 {
+    if ask(&raw mut stat) != 0 {
         return None;
     }
-    let unit = stat.f_frsize;
-    let reserve = RESERVE.min(stat.f_blocks * unit / 20);
-    Some((stat.f_bavail * unit).saturating_sub(reserve))
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    let reserve = RESERVE.min(bytes(stat.f_blocks) / 20);
+    Some(bytes(stat.f_bavail).saturating_sub(reserve))
 }
 
 /// Removes the files of dead processes: one that was killed between making a file and unlinking it.
 pub(super) fn sweep(dir: &Path, runtime: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let id = name
-            .to_str()
-            .and_then(|n| n.strip_prefix(PREFIX)?.split('-').next());
+        let id = name.to_str().and_then(names::mount_of);
         if id.is_some_and(|id| rundir::is_dead_id(runtime, id)) {
             log::warn!(
                 "removing {}, left by a killed fleecefs",

@@ -52,6 +52,16 @@ Example:
 Example, waiting for the end of a push backup:
   fleecefs events /mnt/vm | grep -m1 job-completed")]
     Events(Events),
+    /// Put a disk together from what its backups left behind
+    ///
+    /// Needs no mount. Refuses a series with a gap, and files that are not of one domain and one
+    /// instant. The output gets its name when it is whole and was read back.
+    #[command(
+        override_usage = "fleecefs restore [--disk TARGET] [--until NAME] [--format raw|qcow2] \
+                          [--force] SOURCE... OUTPUT",
+        after_help = RESTORES,
+    )]
+    Restore(Restore),
 }
 
 #[derive(Debug, Subcommand)]
@@ -191,6 +201,45 @@ pub(super) struct Umount {
     pub(super) dir: std::path::PathBuf,
 }
 
+#[derive(Debug, clap::Args)]
+pub(super) struct Restore {
+    /// The disk to restore, where there are several
+    #[arg(long, value_name = "TARGET")]
+    pub(super) disk: Option<String>,
+    /// The generation to stop at, by the name of its backup or checkpoint (the newest)
+    #[arg(long, value_name = "NAME")]
+    pub(super) until: Option<String>,
+    /// Format of the output
+    #[arg(long, value_enum, default_value = "raw")]
+    pub(super) format: ImageFormat,
+    /// Replace the output if it is there
+    #[arg(long)]
+    pub(super) force: bool,
+    /// What to restore from, see below; the last word is what to make: a new file or a block device
+    // Counted later: clap would count each stretch between options for itself.
+    #[arg(required = true, value_name = "SOURCE")]
+    pub(super) words: Vec<std::path::PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum ImageFormat {
+    /// The bytes of the disk, with holes for zeros
+    Raw,
+    /// QEMU's format, by way of qemu-img
+    Qcow2,
+}
+
+const RESTORES: &str = "\
+A source is one of:
+  a copy of current/, or of the slices/ of a backup
+  copies of backups (whole ones, and since/ of later ones), or a directory that holds such copies
+  a qcow2 image and those that it names as its backing files
+
+Examples:
+  fleecefs restore /backup/current vda.raw
+  fleecefs restore --until wed /backup/vm1 vda.raw
+  fleecefs restore --format qcow2 /backup/mon /backup/tue vda.qcow2";
+
 const EXAMPLES: &str = "\
 Examples:
   A running QEMU that was started with -qmp unix:/run/vm.fleece,server=on,wait=off:
@@ -234,5 +283,29 @@ mod tests {
         assert_eq!(mount.options, ["a=b,c", "e"]);
         assert!(mount.foreground && !mount.ready);
         assert!(Args::try_parse_from(["fleecefs", "mount", "d"]).is_err());
+    }
+
+    #[test]
+    fn options_of_restore_may_stand_anywhere() {
+        let args = Args::try_parse_from([
+            "fleecefs",
+            "restore",
+            "a",
+            "--format",
+            "qcow2",
+            "b",
+            "--until=tue",
+            "out",
+        ]);
+        let Command::Restore(restore) = args.unwrap().command else {
+            panic!("not restore");
+        };
+        assert_eq!(
+            restore.words,
+            ["a", "b", "out"].map(std::path::PathBuf::from)
+        );
+        assert_eq!(restore.format, ImageFormat::Qcow2);
+        assert_eq!(restore.until.as_deref(), Some("tue"));
+        assert!(Args::try_parse_from(["fleecefs", "restore"]).is_err());
     }
 }

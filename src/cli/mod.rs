@@ -6,6 +6,7 @@
 //!   fleecefs umount ─▶ umount(2), waits until the daemon is gone
 //!   fleecefs list ───▶ what there is to mount
 //!   fleecefs checkpoint, jobs, events ─▶ read the mounted tree, as any program does
+//!   fleecefs restore ─▶ files in, one file out; no mount, no daemon
 //! ```
 
 mod args;
@@ -17,6 +18,7 @@ mod list;
 mod logging;
 mod mounted;
 mod options;
+mod restore;
 mod serve;
 mod status;
 mod table;
@@ -45,6 +47,7 @@ pub fn main() -> ExitCode {
         Command::List(sources) => list::run(&sources),
         Command::Jobs(jobs) => jobs::run(&jobs),
         Command::Events(events) => events::run(&events),
+        Command::Restore(restore) => restore::run(&restore),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -50,7 +50,7 @@ const TABLE: [Spec; 16] = [
         name: "granularity",
         value: "SIZE",
         help: "bytes that a bit of a new dirty bitmap stands for, a power of two from 512 to 2G \
-               (QEMU's choice: 64K, or the image's cluster size if that is larger)",
+               (QEMU's choice: the image's cluster size, but from 4K to 64K)",
     },
     Spec {
         name: "slice-size",

@@ -14,6 +14,10 @@ use crate::model::{Error, Kind, Result};
 
 /// How long `status` may take to say who serves the mount.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long the daemon may take to notice by itself. A mount that was copied to another mount namespace,
+/// such as that of a container or of a guest that libvirt started meanwhile, goes on there, and the
+/// kernel tells the daemon nothing.
+const NOTICING: Duration = Duration::from_secs(3);
 /// How long the daemon may take to end all backups.
 const CLEANING: Duration = Duration::from_secs(120);
 
@@ -52,6 +56,15 @@ pub(super) fn run(args: &Umount) -> Result<()> {
             )),
             _ => failed(e),
         })?,
+    }
+    if let Some((_, process)) = &daemon
+        && !gone(process, NOTICING)
+    {
+        // One that is cleaning up already does not mind.
+        match pidfd_send_signal(process, Signal::TERM) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(e) => return Err(failed(e.into())),
+        }
     }
     match daemon {
         Some((pid, process)) if !gone(&process, CLEANING) => Err(Error::new(

@@ -9,7 +9,7 @@ use super::recovery::{forget, rename};
 use super::request::CheckpointRequest;
 use super::store::{Pending, Record};
 use crate::model::{
-    Checkpoint, CheckpointDisk, CheckpointRemoval, Disk, Error, Kind, Name, NewCheckpoint,
+    Bitmap, Checkpoint, CheckpointDisk, CheckpointRemoval, Disk, Error, Kind, Name, NewCheckpoint,
     RenameBitmap, Result,
 };
 
@@ -71,7 +71,8 @@ impl Domain {
                 self.settle(&mut changes);
                 return Err(e);
             }
-            rename(&mut changes.record, from, to);
+            let renamed: Vec<String> = renames.into_iter().map(|r| r.target).collect();
+            rename(&mut changes.record, from, to, &renamed);
             self.keep_number(entry.id, to);
             self.publish(&mut changes);
             self.save_outcome(&changes.record);
@@ -110,25 +111,13 @@ impl Domain {
     /// recorded by it is then unknown, so older checkpoints cannot be trusted any more.
     pub fn forget_checkpoint(&self, name: &Name) -> Result<()> {
         self.lock_changes_for_removal(name, |changes| {
-            let place = self.place(changes, name)?;
             self.not_listed(&*self.entry(name)?)?;
             if self.mirrors {
                 self.backend.forget_checkpoint(name)?;
                 return self.adopt(changes);
             }
             let mut record = changes.record.clone();
-            let covered = record.checkpoints[place].disks.clone();
-            for older in record.checkpoints.iter_mut().take(place) {
-                for disk in &mut older.disks {
-                    if disk.broken.is_none() && covered.iter().any(|c| c.target == disk.target) {
-                        disk.broken = Some(format!(
-                            "checkpoint {name}, which recorded part of what changed since, was \
-                             forgotten"
-                        ));
-                    }
-                }
-            }
-            forget(&mut record, name);
+            forget(&mut record, name, &[]);
             self.store.save(&record)?;
             changes.record = record;
             self.publish(changes);
@@ -167,7 +156,7 @@ impl Domain {
         if self.mirrors {
             return self.adopt(changes);
         }
-        forget(&mut changes.record, name);
+        forget(&mut changes.record, name, &disks);
         self.publish(changes);
         self.save_outcome(&changes.record);
         Ok(())
@@ -244,6 +233,7 @@ impl Domain {
                 target: disk.target.clone(),
                 bitmap,
                 size: disk.size,
+                image: disk.path().map(str::to_owned),
                 broken: None,
             });
         }
@@ -355,6 +345,13 @@ fn renamed_bitmaps(
         let Some(disk) = disks.iter().find(|d| d.target == entry.target) else {
             continue;
         };
+        let of_another = |b: &Bitmap| b.name == to.as_str() && b.name != entry.bitmap;
+        if disk.bitmaps.iter().any(of_another) {
+            return Err(Error::new(
+                Kind::Exists,
+                format!("disk {} already has a dirty bitmap {to}", disk.target),
+            ));
+        }
         let bitmap = disk.bitmaps.iter().find(|b| b.name == entry.bitmap);
         let Some(bitmap) = bitmap.filter(|b| b.name == checkpoint.name.as_str()) else {
             continue;
@@ -368,12 +365,6 @@ fn renamed_bitmaps(
                 ),
             )
             .hint("it can only be removed: delete the checkpoint"));
-        }
-        if disk.bitmaps.iter().any(|b| b.name == to.as_str()) {
-            return Err(Error::new(
-                Kind::Exists,
-                format!("disk {} already has a dirty bitmap {to}", disk.target),
-            ));
         }
         renames.push(RenameBitmap {
             target: disk.target.clone(),

@@ -27,8 +27,8 @@ pub struct Options {
     pub checkpoint: bool,
     /// How long a change waits for the one before it.
     pub timeout: Duration,
-    /// Bytes that a bit of a new bitmap stands for; `None` leaves it to QEMU (64 KiB, or the image's
-    /// cluster size where that is larger).
+    /// Bytes that a bit of a new bitmap stands for; `None` leaves it to QEMU (the image's cluster size,
+    /// but from 4 KiB to 64 KiB).
     pub granularity: Option<u64>,
     /// Bytes in a slice of a disk; a power of two.
     pub slice_size: u64,

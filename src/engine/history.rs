@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A link is sound if its bitmap is on the disk's top node, was saved cleanly and is as large as
-//! the disk, and if it is not already known to be broken; the newest must also be recording.
+//! the disk, if the disk is still the same image, and if it is not already known to be broken; the
+//! newest must also be recording.
 
 use crate::model::{
     Broken, Checkpoint, CheckpointDisk, CheckpointRemoval, Disk, NewBitmap, RemoveBitmap,
@@ -84,6 +85,11 @@ fn flaw(disk: &Disk, entry: &CheckpointDisk, newest: bool) -> Option<Broken> {
             "bitmap {} is inconsistent: the domain was not stopped cleanly",
             entry.bitmap
         ));
+    }
+    if let (Some(then), Some(now)) = (entry.image.as_deref(), disk.path())
+        && then != now
+    {
+        return Some(format!("the disk was {then} then and is {now} now"));
     }
     if entry.size != disk.size {
         return Some(format!(

@@ -100,6 +100,7 @@ fn redefined(again: &Redefinition, disks: &[Disk]) -> Result<Checkpoint> {
             // The document does not say how large the disk was; a bitmap of another size could not be
             // merged, and QEMU would say so.
             size: disk.map_or(0, |d| d.size),
+            image: disk.and_then(Disk::path).map(str::to_owned),
             broken: None,
         });
     }

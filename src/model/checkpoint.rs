@@ -36,6 +36,10 @@ pub struct CheckpointDisk {
     pub bitmap: String,
     /// Size of the disk in bytes when the checkpoint was made.
     pub size: u64,
+    /// Path of the image that the disk was then. A name says little: with images given in another
+    /// order it is another disk's, and that has bitmaps of the same names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
     /// Why this disk's history is broken from here on, once that was found out. Kept because the
     /// evidence may go away: removing a broken successor would make this one look sound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -46,10 +50,10 @@ pub struct CheckpointDisk {
 pub type Broken = String;
 
 impl Checkpoint {
-    /// Gives it another name, and to the bitmaps that bear its name.
-    pub fn rename(&mut self, name: &Name) {
+    /// Gives it another name, and to its bitmaps on the disks of these targets.
+    pub fn rename(&mut self, name: &Name, disks: &[String]) {
         for disk in &mut self.disks {
-            if disk.bitmap == self.name.as_str() {
+            if disks.contains(&disk.target) {
                 disk.bitmap = name.to_string();
             }
         }

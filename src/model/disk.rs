@@ -28,6 +28,15 @@ pub struct Disk {
     pub bitmaps: Vec<Bitmap>,
 }
 
+impl Disk {
+    /// The image's path, where it has one that means the same file tomorrow: not one that is relative,
+    /// QEMU's JSON for what a path cannot say, or a number of a set of open files.
+    pub fn path(&self) -> Option<&str> {
+        let path = self.file.as_deref();
+        path.filter(|p| p.starts_with('/') && !p.starts_with("/dev/fdset/"))
+    }
+}
+
 /// A dirty bitmap as the domain reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bitmap {

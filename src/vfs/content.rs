@@ -21,7 +21,7 @@ enum Form {
     /// The disk where it changed; holes elsewhere.
     Changed(Arc<Extents<Change>>),
     /// An image that is worked out when it is read.
-    Image(qcow2::Image),
+    Image(Box<qcow2::Image>),
 }
 
 impl Content {
@@ -56,7 +56,7 @@ impl Content {
         Ok(Self {
             backup,
             disk,
-            form: Form::Image(image),
+            form: Form::Image(Box::new(image)),
         })
     }
 
@@ -73,7 +73,7 @@ impl Content {
         Ok(Self {
             backup,
             disk,
-            form: Form::Image(image),
+            form: Form::Image(Box::new(image)),
         })
     }
 

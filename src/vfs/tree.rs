@@ -215,8 +215,9 @@ impl Vfs {
             // Not every change of these comes as an operation on the name itself.
             (Node::Checkpoint(_) | Node::Child(..), _) => Duration::ZERO,
             (Node::CheckpointDraft(_) | Node::BackupDraft(_), _) => Duration::ZERO,
-            // Its directory is one backup's.
-            (Node::Slice(..), _) => FOREVER,
+            // Its directory is one backup's, which only looking it up there tells: its number will be
+            // the next one's.
+            (Node::Slice(..), _) => Duration::ZERO,
             // All of a backup's names last as long as its directory.
             (_, Some(_)) => FOREVER,
             _ if node.parent() == Node::Root => FOREVER,

@@ -157,7 +157,7 @@ impl Manifest {
 }
 
 /// A time in UTC, in words; whatever a clock can say, in numbers.
-fn date(unix: u64) -> String {
+pub fn date(unix: u64) -> String {
     let time = i64::try_from(unix).ok();
     match time.and_then(|t| jiff::Timestamp::from_second(t).ok()) {
         Some(time) => time.to_string(),
@@ -183,6 +183,9 @@ impl Lines {
             values: HashMap::new(),
             disks: Vec::new(),
         };
+        if !text.ends_with('\n') {
+            return Err(refuse("its last line is cut short"));
+        }
         // Where we are: below `disks:`, and below which of them.
         let (mut in_disks, mut disk) = (false, String::new());
         for (at, line) in text.lines().enumerate() {
@@ -429,6 +432,7 @@ mod tests {
             ("size: 8388608", "size: +8", "no number"),
             ("vda:\n", "vda\n", "line 13 cannot be read"),
             ("backup: tue", "backup: a/b", "cannot be a name"),
+            ("slices: 1\n", "slices: 1", "cut short"),
         ] {
             assert!(text.contains(old), "{old}");
             let said = Manifest::read(&text.replacen(old, new, 1)).unwrap_err();

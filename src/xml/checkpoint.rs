@@ -332,6 +332,7 @@ mod tests {
                 target: "vda".into(),
                 bitmap: "tue".into(),
                 size: 4096,
+                image: None,
                 broken: None,
             }],
         };

@@ -7,6 +7,7 @@ use fleecefs::backend::{Places, Source};
 use fleecefs::engine::{Backup, Domain, Options, Store};
 use fleecefs::model::{Change, Name};
 
+use super::qemu::Builder;
 use super::{Qemu, image, tools};
 
 /// A checkpoint's or backup's name.
@@ -78,12 +79,17 @@ pub struct Fixture {
 
 /// Disks `vda`, `vdb` … of these sizes in bytes.
 pub fn fixture(sizes: &[u64]) -> Fixture {
+    fixture_with(sizes, |build| build)
+}
+
+/// The same, with a QEMU that is built otherwise.
+pub fn fixture_with(sizes: &[u64], how: impl FnOnce(Builder) -> Builder) -> Fixture {
     let dir = tools::temp_dir();
     for (target, size) in TARGETS.iter().zip(sizes) {
         let path = dir.path().join(format!("{target}.qcow2"));
         image::create(&path, "qcow2", *size, "");
     }
-    let qemu = start(dir.path(), sizes.len());
+    let qemu = how(build(dir.path(), sizes.len())).start();
     let domain = open(&qemu.socket(), &places(dir.path()), dir.path());
     Fixture { dir, qemu, domain }
 }
@@ -92,9 +98,13 @@ const TARGETS: [&str; 4] = ["vda", "vdb", "vdc", "vdd"];
 
 /// A paused QEMU on the images of a fixture.
 pub fn start(dir: &Path, disks: usize) -> Qemu {
+    build(dir, disks).start()
+}
+
+fn build(dir: &Path, disks: usize) -> Builder {
     let mut build = Qemu::build().paused();
     for target in TARGETS.iter().take(disks) {
         build = build.disk(target, &dir.join(format!("{target}.qcow2")), "qcow2");
     }
-    build.start()
+    build
 }

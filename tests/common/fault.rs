@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -20,6 +21,8 @@ pub enum Fault {
     FailAfter(String),
     /// This command and all later ones vanish, until [`QmpFault::disarm`].
     Hang,
+    /// QEMU sees the command, and all later ones, that much later.
+    Slow(Duration),
     /// The connection is closed instead of an answer; QEMU does not see the command.
     Close,
 }
@@ -195,6 +198,7 @@ fn connection(client: UnixStream, mut server: UnixStream, plan: &Arc<Mutex<Plan>
                 }
                 Some(Fault::Hang) => continue,
                 Some(Fault::Close) => break,
+                Some(Fault::Slow(delay)) => std::thread::sleep(delay),
                 Some(Fault::FailAfter(why)) => replace.lock().unwrap().push((id, why)),
                 None => {}
             }

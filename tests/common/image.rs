@@ -33,6 +33,15 @@ pub fn ext4(path: &Path, size: u64) {
     std::fs::remove_file(raw).unwrap();
 }
 
+/// A qcow2 image with an ext4 in it that holds what a directory holds.
+pub fn ext4_of(path: &Path, size: u64, files: &Path) {
+    let raw = path.with_extension("ext4.raw");
+    std::fs::File::create(&raw).unwrap().set_len(size).unwrap();
+    run("mkfs.ext4", &["-q", "-F", "-d", text(files), text(&raw)]);
+    convert(&raw, "raw", path, "qcow2");
+    std::fs::remove_file(raw).unwrap();
+}
+
 /// `qemu-img convert`.
 pub fn convert(from: &Path, format: &str, to: &Path, to_format: &str) {
     run(

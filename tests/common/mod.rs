@@ -1,5 +1,5 @@
 //! What the tests against real programs share: a QEMU, a mount, a model of a disk, and a QMP peer
-//! that misbehaves on demand. Only `domain` uses the crate under test.
+//! that misbehaves on demand. Only `domain` and `copies` use the crate under test.
 
 #![allow(
     dead_code,
@@ -10,6 +10,7 @@
 )]
 
 pub mod console;
+pub mod copies;
 pub mod domain;
 pub mod fault;
 pub mod image;
@@ -19,13 +20,16 @@ pub mod mount;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod restoring;
 pub mod tools;
 pub mod upstream;
 
 pub use console::Console;
+pub use copies::Night;
 pub use fault::{Fault, QmpFault};
 pub use model::{Disk, Marks, Rng, Write, parse_map};
 pub use mount::Fleecefs;
 pub use qemu::{Qemu, State};
 pub use qmp::Qmp;
+pub use restoring::Place;
 pub use tools::{eventually, tool};

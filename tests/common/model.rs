@@ -89,6 +89,11 @@ impl Disk {
         Self((0..size).map(|at| (at % 1021 % 251) as u8 + 1).collect())
     }
 
+    /// What is there already.
+    pub fn holding(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
     /// The whole content.
     pub fn bytes(&self) -> &[u8] {
         &self.0

@@ -20,6 +20,7 @@ use super::tools::{DEADLINE, find, skip, temp_dir, text};
 pub struct Builder {
     disks: Vec<(String, PathBuf, String)>,
     iothread: bool,
+    slow: bool,
     paused: bool,
     guest: Option<(PathBuf, String)>,
     user: Option<u32>,
@@ -38,6 +39,13 @@ impl Builder {
     /// leave the disks alone then, or take another QEMU.
     pub fn iothread(mut self) -> Self {
         self.iothread = true;
+        self
+    }
+
+    /// Lets the images be read at 8 MiB a second, so that what copies them is still at it when a test
+    /// looks. Writes are not held up.
+    pub fn slow(mut self) -> Self {
+        self.slow = true;
         self
     }
 
@@ -138,9 +146,14 @@ impl Qemu {
             arg("-object iothread,id=io0");
             iothread = ",iothread=io0";
         }
+        let mut file = "file.driver=file,file.filename";
+        if how.slow {
+            arg("-object throttle-group,id=slow,x-bps-read=8388608");
+            file = "file.driver=throttle,file.throttle-group=slow,file.file.driver=file,file.file.filename";
+        }
         for (target, path, format) in &how.disks {
             arg(&format!(
-                "-blockdev driver={format},node-name=node-{target},file.driver=file,file.filename={}",
+                "-blockdev driver={format},node-name=node-{target},{file}={}",
                 text(path)
             ));
             arg(&format!(

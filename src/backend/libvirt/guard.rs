@@ -13,7 +13,7 @@ use virt_sys as sys;
 
 use super::session::{Session, is_ours};
 use super::{Shared, look};
-use crate::backend::{Notice, scratch};
+use crate::backend::Notice;
 use crate::model::{Error, Kind};
 
 /// How often it looks while a backup runs, and how often its end is looked for.
@@ -176,7 +176,7 @@ fn gone(why: &str) -> Error {
 fn watch_space(shared: &Shared, session: &Session, seen: &Seen) {
     let used = session.scratch_used();
     let limit = shared.places.scratch_limit;
-    let room = scratch::room(&shared.places.scratch);
+    let room = session.room();
     let most = match (limit, room.map(|room| room.saturating_add(used))) {
         (Some(a), Some(b)) => Some(a.min(b)),
         (a, b) => a.or(b),

@@ -110,6 +110,8 @@ fn checkpoint(document: &CheckpointDocument, size: impl Fn(&str) -> u64) -> Opti
             bitmap: bitmap.name.clone().unwrap_or_else(|| name.to_string()),
             // libvirt says nothing of the size at the time, and sees to resizing itself.
             size: size(&disk.name),
+            // Nor does it say which image it was: it goes by snapshots itself.
+            image: None,
             broken: None,
         })
     });

@@ -316,7 +316,8 @@ impl Backend for Libvirt {
             Ok(session::running(domain)?.and_then(|backup| backup.socket))
         })?;
         let ours = |socket: &Path| {
-            let dir = socket.parent()?;
+            // See `RunDir::socket`.
+            let dir = socket.parent()?.parent()?;
             let id = dir.file_name()?.to_str()?;
             (dir.parent()? == places.runtime && rundir::is_dead_id(&places.runtime, id))
                 .then_some(())

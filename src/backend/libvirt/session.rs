@@ -17,6 +17,7 @@ use virt_sys as sys;
 use super::Shared;
 use super::ffi::{self, Domain};
 use super::link::Link;
+use crate::backend::names::Names;
 use crate::backend::over_nbd::{CONNECTIONS, allocation, error, surely};
 use crate::backend::{Frozen, FrozenDisk, rundir, scratch};
 use crate::model::{
@@ -69,7 +70,6 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
     }
     shared.is_free()?;
     let dir = &shared.places.scratch;
-    scratch::check_room(dir)?;
     rundir::make_passable(dir).map_err(|e| {
         Error::new(Kind::Io, format!("cannot make {}: {e}", dir.display()))
             .hint("choose another directory with -o scratch=DIR")
@@ -77,7 +77,9 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
     let parts = plan.disks.iter().enumerate();
     let parts = parts.map(|(index, disk)| part(shared, plan.id, index, disk));
     let parts = parts.collect::<Result<Vec<_>>>()?;
-    let socket = shared.rundir.path().join("nbd.sock");
+    let dirs = parts.iter().filter_map(|part| part.scratch.parent());
+    dirs.into_iter().try_for_each(scratch::check_room)?;
+    let socket = shared.rundir.socket();
     // libvirt removes it at the end of a job, and QEMU would refuse one that is there.
     let _ = std::fs::remove_file(&socket);
     let xml = document(&socket, plan, &parts).write();
@@ -170,7 +172,7 @@ fn undo(domain: &Domain, socket: &std::path::Path, checkpoint: Option<&str>) {
 }
 
 fn part(shared: &Shared, job: u32, index: usize, disk: &FreezeDisk) -> Result<Part> {
-    let name = format!("fleece-{}-{job}-{index}", shared.rundir.id());
+    let name = Names::new(shared.rundir.id(), job, index).file();
     Ok(Part {
         target: disk.target.clone(),
         size: shared.size_of(&disk.target)?,
@@ -293,6 +295,12 @@ impl Session {
         use std::os::unix::fs::MetadataExt;
         let used = |part: &Part| std::fs::metadata(&part.scratch).map_or(0, |m| m.blocks() * 512);
         self.parts.iter().map(used).sum()
+    }
+
+    /// Bytes that are free where the scratch files are.
+    pub(super) fn room(&self) -> Option<u64> {
+        let dirs = self.parts.iter().filter_map(|part| part.scratch.parent());
+        dirs.filter_map(scratch::room).min()
     }
 
     /// Ends libvirt's job; nothing is left to do after it succeeded once.

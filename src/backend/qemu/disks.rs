@@ -5,7 +5,7 @@
 
 use serde::Deserialize;
 
-use super::names;
+use crate::backend::names;
 use crate::model::{Bitmap, Disk};
 
 /// An entry of `query-block`: a drive of the guest.

@@ -25,7 +25,7 @@
 //! steps end a backup, undo a begin that failed anywhere (also where QEMU did what it was told but
 //! the answer was lost), and can be repeated.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -34,10 +34,10 @@ use serde_json::{Value, json};
 
 use super::frozen::{QemuDisk, QemuFrozen};
 use super::monitor::Monitor;
-use super::names::{Names, TAIL};
 use super::quirks::Access;
-use super::{Shared, action, server};
+use super::{Shared, action};
 use crate::backend::FrozenDisk;
+use crate::backend::names::{Names, TAIL};
 use crate::backend::scratch::{self, Scratch};
 use crate::model::{
     BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
@@ -79,7 +79,8 @@ pub(super) struct Session {
     front: Mutex<Option<nbd::Front>>,
     /// Why it is over. Set before anything is taken apart.
     failure: RwLock<Option<Error>>,
-    /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
+    /// Nothing of it is left in QEMU. The lock is held while it is put together or taken apart: what
+    /// ends it meanwhile waits, lest it find only half of what there will be.
     gone: Mutex<bool>,
 }
 
@@ -88,7 +89,10 @@ pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFroz
     shared.settle()?;
     let monitor = shared.link.monitor()?;
     shared.not_migrating(&monitor)?;
-    scratch::check_room(&shared.places.scratch)?;
+    for disk in &plan.disks {
+        let own = disk.scratch.as_ref().and_then(|s| Path::new(s).parent());
+        scratch::check_room(own.unwrap_or(&shared.places.scratch))?;
+    }
     if plan.server.is_some() && Access::of(monitor.client().version()).asks_the_overlay() {
         return Err(Error::new(
             Kind::Unsupported,
@@ -153,9 +157,8 @@ impl Part {
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<Scratch> {
         let peer = monitor.client().peer();
         let name = self.names.overlay();
-        let name = name.trim_start_matches(super::PREFIX);
         let scratch = match &self.scratch {
-            None => Scratch::create(&shared.places.scratch, name, peer.uid, peer.gid)?,
+            None => Scratch::create(&shared.places.scratch, &name, peer.uid, peer.gid)?,
             Some(path) => Scratch::create_at(path, peer.uid, peer.gid)?,
         };
         let file = self.names.file();
@@ -268,6 +271,7 @@ impl Session {
         checkpoint: Option<&NewCheckpoint>,
         address: Option<&ServerAddress>,
     ) -> Result<Vec<Box<dyn FrozenDisk>>> {
+        let _gone = self.gone.lock();
         for part in &self.parts {
             let scratch = part.prepare(shared, monitor).map_err(|e| part.during(e))?;
             self.scratch.lock().push(scratch);
@@ -296,7 +300,8 @@ impl Session {
             let disk = QemuDisk::open(shared, self, index)?;
             disks.push(Box::new(disk));
         }
-        Ok(disks)
+        // Such as for want of scratch space, by the guard.
+        self.failure().map_or(Ok(disks), Err)
     }
 
     /// Lets NBD clients from outside have the disks.
@@ -316,7 +321,7 @@ impl Session {
         for part in &self.parts {
             exports.extend(part.publish(monitor).map_err(|e| part.during(e))?);
         }
-        let upstream = server::socket(&shared.rundir);
+        let upstream = shared.rundir.socket();
         let timeout = shared.places.timeout;
         let front = nbd::Front::start(address, upstream, exports, keys, timeout);
         *self.front.lock() = Some(front.map_err(front_error)?);
@@ -360,6 +365,18 @@ impl Session {
 
     pub(super) fn scratch_used(&self) -> u64 {
         self.scratch.lock().iter().map(Scratch::used).sum()
+    }
+
+    /// Adds something that [`dissolve`](Part::dissolve) removes: not while that is under way, which
+    /// would have passed it by already, and cancel the job under a reader of it.
+    pub(super) fn unless_over<T>(&self, add: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _whole = self.gone.lock();
+        self.failure().map_or_else(add, Err)
+    }
+
+    /// Whether there is no room left for what it has still to copy.
+    pub(super) fn is_short_of_room(&self) -> bool {
+        self.scratch.lock().iter().any(|s| s.room() == Some(0))
     }
 
     /// Takes everything apart; nothing is left to do after it succeeded once.
@@ -441,7 +458,7 @@ fn front_error(error: nbd::FrontError) -> Error {
 /// Where a reader finds an export.
 pub(super) fn endpoint(shared: &Shared, export: &str) -> nbd::Endpoint {
     nbd::Endpoint {
-        socket: server::socket(&shared.rundir),
+        socket: shared.rundir.socket(),
         export: export.to_owned(),
     }
 }

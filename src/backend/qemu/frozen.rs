@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::Shared;
 use super::freeze::{Part, Session, endpoint};
-use super::names::{TAIL, UNION};
 use super::quirks::{self, Access};
+use crate::backend::names::{TAIL, UNION};
 use crate::backend::over_nbd::{CONNECTIONS, allocation, error, surely};
 use crate::backend::{Frozen, FrozenDisk};
 use crate::model::{Allocation, Error, Extents, Kind, Result};
@@ -117,12 +117,10 @@ impl QemuDisk {
         work: impl FnOnce(&str) -> Result<T>,
     ) -> Result<T> {
         let _one = self.exporting.lock();
-        if let Some(why) = self.session.failure() {
-            return Err(why);
-        }
         let monitor = self.shared.link.monitor()?;
         let export = self.part().names.map_export();
-        monitor.export_add(&export, node, &export, bitmaps)?;
+        self.session
+            .unless_over(|| monitor.export_add(&export, node, &export, bitmaps))?;
         let outcome = work(&export);
         let removed = monitor.export_del(&export);
         let value = outcome?;

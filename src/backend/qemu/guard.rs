@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use super::Shared;
 use super::freeze::Session;
-use super::names::PREFIX;
 use crate::backend::Notice;
 use crate::backend::scratch;
 use crate::model::{Error, Kind};
@@ -160,18 +159,21 @@ fn watch_space(shared: &Shared) {
             }
         }
     }
-    if !sessions.is_empty() && scratch::room(&shared.places.scratch) == Some(0) {
-        end_largest(shared, "the scratch directory is nearly full");
+    if sessions.iter().any(|s| s.is_short_of_room()) {
+        end_largest(shared, "the scratch space is nearly full");
     }
 }
 
 /// A guest's write failed on one of our filters: no space to copy the old content to.
 fn write_failed(shared: &Shared, event: &qmp::Event) {
     let node = event.data["node-name"].as_str().unwrap_or_default();
-    if !node.starts_with(PREFIX) || event.data["operation"] != "write" {
+    let pulls = shared.sessions.lock().clone();
+    let pushes = shared.pushes.lock().clone();
+    let ours = pulls.iter().any(|p| p.below(node).is_some())
+        || pushes.iter().any(|p| p.below(node).is_some());
+    if !ours || event.data["operation"] != "write" {
         return;
     }
-    let pushes = shared.pushes.lock().clone();
     match pushes.iter().find(|p| p.below(node).is_some()) {
         Some(push) => {
             let why = Error::new(
@@ -199,9 +201,11 @@ fn write_failed(shared: &Shared, event: &qmp::Event) {
     }
 }
 
+/// Ends the one that takes the most, of those without room where any is: others have theirs elsewhere.
 fn end_largest(shared: &Shared, why: &str) {
     let sessions = running(shared);
-    if let Some(session) = sessions.iter().max_by_key(|s| s.scratch_used()) {
+    let order = |s: &&Arc<Session>| (s.is_short_of_room(), s.scratch_used());
+    if let Some(session) = sessions.iter().max_by_key(order) {
         let hint = "use a larger -o scratch=DIR, or read faster";
         break_off(shared, session, why, hint);
     }

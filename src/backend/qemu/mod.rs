@@ -22,13 +22,12 @@ pub(super) use self::disks::Roots;
 use self::freeze::Session;
 pub(super) use self::link::Link;
 use self::monitor::Monitor;
-use self::names::PREFIX;
 use self::push::PushSession;
 use self::server::Server;
 use super::rundir::{self, RunDir};
 use super::source::Places;
 use super::storage_daemon::Daemon;
-use super::{Backend, Frozen, Listener, Notice, Pushing, scratch};
+use super::{Backend, Frozen, Listener, Notice, Pushing, names, scratch};
 use crate::model::{
     BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, PushPlan,
     RemoveBitmap, RenameBitmap, Result,
@@ -41,7 +40,6 @@ mod frozen;
 mod guard;
 mod link;
 mod monitor;
-mod names;
 mod push;
 mod quirks;
 mod server;
@@ -305,12 +303,31 @@ impl Backend for Qemu {
     fn tidy(&self) -> Result<()> {
         let shared = &self.shared;
         let monitor = shared.link.monitor()?;
-        let ours = |name: &str| name.starts_with(PREFIX);
-        for export in monitor.exports()?.iter().filter(|e| ours(&e.id)) {
+        let ours = |name: &str| names::mount_of(name).is_some();
+        let (exports, jobs, nodes) = (monitor.exports()?, monitor.jobs()?, monitor.nodes()?);
+        let all = exports
+            .iter()
+            .map(|e| &e.id)
+            .chain(jobs.iter().map(|j| &j.id));
+        let all = all.chain(nodes.iter().filter_map(|n| n.node_name.as_ref()));
+        for mount in all.filter_map(|name| names::mount_of(name)) {
+            if !rundir::is_dead_id(&shared.places.runtime, mount) {
+                let other = shared.places.runtime.join(mount);
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!(
+                        "another fleecefs has backups of this QEMU (its sockets are in {})",
+                        other.display()
+                    ),
+                )
+                .hint("use that mount, or unmount it first"));
+            }
+        }
+        for export in exports.iter().filter(|e| ours(&e.id)) {
             log::warn!("removing export {}, left by a killed fleecefs", export.id);
             monitor.export_del(&export.id)?;
         }
-        for job in monitor.jobs()?.iter().filter(|j| ours(&j.id)) {
+        for job in jobs.iter().filter(|j| ours(&j.id)) {
             log::warn!("ending job {}, left by a killed fleecefs", job.id);
             match job.id.ends_with("new") {
                 true => monitor.discard_create(&job.id)?,

@@ -17,7 +17,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,8 +26,8 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::monitor::{Job, Monitor};
-use super::names::Names;
 use super::{Shared, action};
+use crate::backend::names::Names;
 use crate::backend::rundir;
 use crate::backend::{Notice, Progress, Pushing};
 use crate::model::{
@@ -46,6 +46,9 @@ struct Part {
     /// The bitmaps whose union is copied; `None`: everything.
     changed: Option<Vec<String>>,
     progress: Mutex<Progress>,
+    /// The target, held open: its name may be another file's before long, or a pipe's, to open which
+    /// would take for ever.
+    file: Mutex<Option<File>>,
     /// The file was made here.
     made: Mutex<bool>,
 }
@@ -110,6 +113,7 @@ impl Part {
                 done: 0,
                 total: 0,
             }),
+            file: Mutex::new(None),
             made: Mutex::new(false),
         })
     }
@@ -123,8 +127,7 @@ impl Part {
                 "file"
             }
             Image::Block(_) => {
-                let kind = fs::metadata(path).map_err(|e| unusable(path, &e))?;
-                if !kind.file_type().is_block_device() {
+                if !self.open(path)?.file_type().is_block_device() {
                     let why = format!("{} is no block device", path.display());
                     return Err(Error::new(Kind::Invalid, why));
                 }
@@ -167,19 +170,21 @@ impl Part {
                 .open(path)
                 .map_err(|e| unusable(path, &e))?;
             *self.made.lock() = true;
+            let file = self.file.lock().insert(file).try_clone();
+            let file = file.map_err(|e| unusable(path, &e))?;
             let noted = shared.rundir.note_target(path);
             noted.map_err(|e| unusable(path, &e))?;
             if self.target.format == Format::Raw {
                 file.set_len(self.size).map_err(|e| unusable(path, &e))?;
             }
-            return rundir::give_to(path, peer.uid, peer.gid);
+            return rundir::give_to(&file, path, peer.uid, peer.gid).map(drop);
         }
-        let meta = fs::metadata(path).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => unusable(path, &e).hint(
+        let meta = self.open(path).map_err(|e| match e.kind() {
+            Kind::NotFound => e.hint(
                 "the changes are written onto an older copy, which must be there; as qcow2 they \
                  can stand alone",
             ),
-            _ => unusable(path, &e),
+            _ => e,
         })?;
         if self.target.format == Format::Raw && meta.len() != self.size {
             return Err(Error::new(
@@ -193,6 +198,27 @@ impl Part {
             ));
         }
         Ok(())
+    }
+
+    /// Opens a target that is there, whatever it is.
+    fn open(&self, path: &Path) -> Result<fs::Metadata> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|e| unusable(path, &e))?;
+        let meta = file.metadata().map_err(|e| unusable(path, &e))?;
+        *self.file.lock() = Some(file);
+        Ok(meta)
+    }
+
+    /// Whether the target still has its name.
+    fn is_in_place(&self) -> bool {
+        let id = |m: fs::Metadata| (m.dev(), m.ino());
+        let file = self.file.lock();
+        let own = file.as_ref().and_then(|f| f.metadata().ok()).map(id);
+        let named = fs::metadata(self.target.image.path()).ok().map(id);
+        own.is_some() && own == named
     }
 
     /// Its share of the instant.
@@ -241,9 +267,13 @@ impl Part {
             return Err(failure);
         }
         let path = Path::new(self.target.image.path());
-        File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(|e| unusable(path, &e))
+        if !self.is_in_place() {
+            let why = format!("target {} was replaced meanwhile", path.display());
+            return Err(Error::new(Kind::Io, why));
+        }
+        let file = self.file.lock();
+        let synced = file.as_ref().map_or(Ok(()), File::sync_all);
+        synced.map_err(|e| unusable(path, &e))
     }
 
     fn during(&self, error: Error) -> Error {
@@ -404,7 +434,9 @@ impl PushSession {
     fn remove_files(&self, shared: &Shared) {
         for part in self.parts.iter().filter(|p| *p.made.lock()) {
             let path = part.target.image.path();
-            if let Err(e) = fs::remove_file(path) {
+            if !part.is_in_place() {
+                log::warn!("{path} is not what was written there; it is left alone");
+            } else if let Err(e) = fs::remove_file(path) {
                 log::warn!("cannot remove {path}, which is no backup: {e}");
             }
             shared.rundir.forget_target(Path::new(path));

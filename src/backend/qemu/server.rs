@@ -1,7 +1,6 @@
 //! The NBD server: a QEMU process has one, which runs while any of our backups does.
 
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 
 use parking_lot::Mutex;
 
@@ -47,7 +46,7 @@ impl Server {
 /// Starts the server, or takes over one of ours whose start was answered too late. Whether it is ours
 /// is told by our socket: the directory is nobody else's.
 fn start(monitor: &Monitor, rundir: &RunDir) -> Result<()> {
-    let socket = socket(rundir);
+    let socket = rundir.socket();
     let is_ours = || UnixStream::connect(&socket).is_ok();
     rundir.note_server(monitor.client().peer().pid);
     match monitor.nbd_server_start(&socket.display().to_string()) {
@@ -69,9 +68,4 @@ fn start(monitor: &Monitor, rundir: &RunDir) -> Result<()> {
             })
         }
     }
-}
-
-/// Where the server listens.
-pub(super) fn socket(rundir: &RunDir) -> PathBuf {
-    rundir.path().join("nbd.sock")
 }

@@ -5,7 +5,12 @@
 //! apart from those of the next one; the prefix is how the next one finds them.
 
 /// Begins every name of ours.
-pub(super) const PREFIX: &str = "fleece-";
+const PREFIX: &str = "fleece-";
+
+/// Ends them.
+const ROLES: [&str; 10] = [
+    "file", "over", "filt", "acc", "new", "job", "exp", "map", "pub", "bits",
+];
 
 /// The names that belong to one disk of one backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +80,21 @@ impl Names {
     }
 }
 
+/// The mount whose generated name this is. A checkpoint, and so its bitmaps, may be called anything
+/// that begins like one.
+pub(super) fn mount_of(name: &str) -> Option<&str> {
+    let mut parts = name.strip_prefix(PREFIX)?.splitn(3, '-');
+    let (mount, job, rest) = (parts.next()?, parts.next()?, parts.next()?);
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let role = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+    let ours = mount.len() == 6
+        && mount.bytes().all(|b| b.is_ascii_hexdigit())
+        && digits(job)
+        && role.len() < rest.len()
+        && ROLES.contains(&role);
+    ours.then_some(mount)
+}
+
 /// Text of somebody else's as part of a file name: what does not belong there becomes `_`.
 pub(super) fn plain(text: &str) -> String {
     text.chars()
@@ -110,5 +130,34 @@ mod tests {
             Names::new("0a1b2c", 3, 1).overlay(),
             "fleece-0a1b2c-3-1over"
         );
+    }
+
+    #[test]
+    fn our_names_are_told_from_those_that_begin_alike() {
+        let names = Names::new("0a1b2c", 3, 11);
+        for name in [
+            names.file(),
+            names.overlay(),
+            names.filter(),
+            names.access(),
+            names.create(),
+            names.job(),
+            names.export(),
+            names.map_export(),
+            names.public_export(),
+            names.bits(),
+        ] {
+            assert_eq!(mount_of(&name), Some("0a1b2c"), "{name}");
+        }
+        for name in [
+            "fleece-mon",
+            "fleece-mon-1-2",
+            "fleece-0a1b2c-3-1",
+            "fleece-0a1b2c-3-bits",
+            "fleece-0a1b2c--1bits",
+            "my-fleece-0a1b2c-3-1bits",
+        ] {
+            assert_eq!(mount_of(name), None, "{name}");
+        }
     }
 }
