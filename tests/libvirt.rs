@@ -18,6 +18,10 @@ const MIB: u64 = 1 << 20;
 const NOTHING: [std::path::PathBuf; 0] = [];
 
 fn mount(libvirtd: &Libvirtd, home: Home) -> Fleecefs {
+    mount_with(libvirtd, home, "checkpoint=yes")
+}
+
+fn mount_with(libvirtd: &Libvirtd, home: Home, option: &str) -> Fleecefs {
     // QEMU is nobody, and has to get through to the socket.
     let passable = std::fs::Permissions::from_mode(0o711);
     for name in ["", "runtime", "scratch"] {
@@ -26,6 +30,7 @@ fn mount(libvirtd: &Libvirtd, home: Home) -> Fleecefs {
     Fleecefs::source("libvirt:vm")
         .option(&format!("uri={}", libvirtd.uri()))
         .option("timeout=20")
+        .option(option)
         .home(home)
         .mount()
 }
@@ -334,4 +339,25 @@ fn a_stopped_domain_is_read() {
     libvirtd.virsh(&["start", "--paused", "vm"]);
     let still = libvirtd.virsh(&["checkpoint-dumpxml", "--size", "vm", "mon"]);
     assert!(still.contains("size='131072'"), "{still}");
+}
+
+/// A guest without an agent cannot be quiesced: that refuses the backup, and nothing is left of it.
+#[test]
+fn a_guest_without_an_agent_is_not_quiesced() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    // A paused guest could not freeze anything either.
+    libvirtd.virsh(&["resume", "vm"]);
+    let mount = mount_with(&libvirtd, Home::new(), "quiesce");
+    assert!(mount.mkdir("backups/b").is_err());
+    assert!(
+        mount.last_error().contains("agent"),
+        "{}",
+        mount.last_error()
+    );
+    assert_eq!(names(&libvirtd), [] as [&str; 0]);
+    assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
+    assert_eq!(mount.umount().leftovers(), NOTHING);
 }

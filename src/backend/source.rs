@@ -36,6 +36,8 @@ pub struct Places {
     pub domain: Option<String>,
     /// Has the guest's file systems frozen while a backup begins.
     pub quiesce: bool,
+    /// The guest agent's socket, for [`Source::Qmp`].
+    pub guest_agent: Option<PathBuf>,
     /// Where libvirt is.
     pub uri: String,
     /// Keys of NBD clients from outside, for addresses that have TLS.
@@ -60,8 +62,33 @@ impl Source {
         }
     }
 
+    /// What is said of the guest's agent must make sense for the source.
+    fn can_quiesce(&self, places: &Places) -> Result<()> {
+        let (message, hint) = match (self, places.quiesce, &places.guest_agent) {
+            (Self::Images(_), true, _) => (
+                "images have no guest whose file systems could be frozen",
+                "leave quiesce off",
+            ),
+            (Self::Qmp(_), true, None) => (
+                "quiesce needs the guest agent",
+                "say where its socket is: -o guest-agent=PATH",
+            ),
+            (Self::Images(_) | Self::Libvirt(_), _, Some(_)) => (
+                "guest-agent= is for the source qmp:PATH only",
+                "leave it off; libvirt finds the agent by itself",
+            ),
+            (_, false, Some(_)) => (
+                "guest-agent= says nothing without quiesce",
+                "say -o quiesce as well",
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::new(Kind::Invalid, message).hint(hint))
+    }
+
     /// Connects to the domain. Nothing of it is changed yet.
     pub fn open(&self, places: &Places) -> Result<Arc<dyn Backend>> {
+        self.can_quiesce(places)?;
         Ok(Arc::new(match self {
             Self::Images(images) => storage_daemon::open(images, places)?,
             Self::Qmp(socket) => Qemu::connect(socket.clone(), places)?,

@@ -13,7 +13,7 @@ struct Spec {
     help: &'static str,
 }
 
-const TABLE: [Spec; 16] = [
+const TABLE: [Spec; 17] = [
     Spec {
         name: "state",
         value: "DIR",
@@ -85,6 +85,11 @@ const TABLE: [Spec; 16] = [
                that fails refuses the backup",
     },
     Spec {
+        name: "guest-agent",
+        value: "SOCKET",
+        help: "where that agent is, for qmp:PATH",
+    },
+    Spec {
         name: "tls-psk",
         value: "FILE",
         help: "keys of the NBD clients of a backup whose <server> has tls='yes', in lines of \
@@ -124,6 +129,7 @@ pub(super) struct Options {
     pub(super) domain: Option<String>,
     pub(super) uri: String,
     pub(super) quiesce: bool,
+    pub(super) guest_agent: Option<PathBuf>,
     pub(super) tls_psk: Option<PathBuf>,
     pub(super) allow_other: bool,
     pub(super) log: Option<PathBuf>,
@@ -146,6 +152,7 @@ impl Options {
             domain: None,
             uri: "qemu:///system".to_owned(),
             quiesce: false,
+            guest_agent: None,
             tls_psk: None,
             allow_other: false,
             log: None,
@@ -195,6 +202,7 @@ impl Options {
                 "domain" => options.domain = Some(value.to_owned()),
                 "uri" => options.uri = value.to_owned(),
                 "quiesce" => options.quiesce = true,
+                "guest-agent" => options.guest_agent = Some(absolute(value)?),
                 "tls-psk" => options.tls_psk = Some(absolute(value)?),
                 "allow_other" => options.allow_other = true,
                 _ => options.log = Some(absolute(value)?),
@@ -232,6 +240,11 @@ impl Options {
         all.extend(self.granularity.map(|n| ("granularity", n.to_string())));
         all.extend(self.format.clone().map(|f| ("format", f)));
         all.extend(self.domain.clone().map(|d| ("domain", d)));
+        all.extend(
+            self.guest_agent
+                .as_deref()
+                .map(|p| ("guest-agent", path(p))),
+        );
         all.extend(self.tls_psk.as_deref().map(|p| ("tls-psk", path(p))));
         all.extend(self.log.as_deref().map(|l| ("log", path(l))));
         let owned = all

@@ -202,6 +202,7 @@ fn open(words: &[String], options: &Options) -> Result<Arc<dyn Backend>> {
         format: options.format.clone(),
         domain: options.domain.clone(),
         quiesce: options.quiesce,
+        guest_agent: options.guest_agent.clone(),
         uri: options.uri.clone(),
         tls_psk: options.tls_psk.clone(),
     })

@@ -20,6 +20,7 @@
 //!
 //! Out-of-band execution is not used: nothing here has to overtake a running command.
 
+mod agent;
 mod client;
 mod connection;
 mod deadline;
@@ -29,6 +30,7 @@ mod session;
 mod socket;
 mod wire;
 
+pub use agent::Agent;
 pub use client::{Client, GREETING_TIMEOUT};
 pub use error::{Error, Result};
 pub use events::{Event, Mark};

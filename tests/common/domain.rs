@@ -25,6 +25,7 @@ pub fn places(dir: &Path) -> Places {
         format: None,
         domain: None,
         quiesce: false,
+        guest_agent: None,
         uri: "qemu:///system".into(),
         tls_psk: None,
     }

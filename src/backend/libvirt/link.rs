@@ -224,11 +224,14 @@ pub(super) fn explain(fault: &Fault) -> Error {
         }
         sys::VIR_ERR_NO_DOMAIN => error(Kind::NotConnected).hint("virsh list --all shows domains"),
         sys::VIR_ERR_OPERATION_INVALID if message.contains("not running") => {
-            error(Kind::NotConnected).hint("start it: virsh start")
+            error(Kind::NotConnected).hint("start or resume it: virsh start, virsh resume")
         }
         sys::VIR_ERR_OPERATION_INVALID | sys::VIR_ERR_RESOURCE_BUSY => error(Kind::Busy),
         sys::VIR_ERR_OPERATION_TIMEOUT if message.contains("state change lock") => {
             error(Kind::Busy).hint("wait for the other job; virsh domjobinfo shows it")
+        }
+        sys::VIR_ERR_AGENT_UNRESPONSIVE => {
+            error(Kind::TimedOut).hint("does qemu-guest-agent run in the guest?")
         }
         sys::VIR_ERR_OPERATION_TIMEOUT => error(Kind::TimedOut),
         sys::VIR_ERR_NO_SUPPORT

@@ -145,7 +145,10 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
 /// Does `work` while the guest's file systems are frozen. They are thawed whatever comes of it, in
 /// the same thread: also when nobody waits any more.
 fn quiesced<T>(domain: &Domain, work: impl FnOnce() -> ffi::Result<T>) -> ffi::Result<T> {
-    let frozen = domain.freeze();
+    let frozen = domain.freeze().map_err(|fault| {
+        let message = format!("freeze the guest's file systems: {}", fault.message);
+        ffi::Fault::new(fault.code, message)
+    });
     let outcome = frozen.and_then(|()| work());
     // Also after a freeze that failed: part of them may be frozen.
     if let Err(fault) = domain.thaw()

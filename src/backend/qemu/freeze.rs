@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 use super::frozen::{QemuDisk, QemuFrozen};
 use super::monitor::Monitor;
 use super::quirks::Access;
-use super::{Shared, action};
+use super::{Shared, action, quiesce};
 use crate::backend::FrozenDisk;
 use crate::backend::names::{Names, TAIL};
 use crate::backend::scratch::{self, Scratch};
@@ -283,7 +283,7 @@ impl Session {
         // The frozen copies come first: what a copy is taken of must not have been switched off by
         // an action that a later version might not see as simultaneous.
         actions.splice(0..0, self.parts.iter().flat_map(Part::actions));
-        monitor.transaction(actions)?;
+        quiesce::frozen(&shared.places, || monitor.transaction(actions))?;
 
         for part in &self.parts {
             if !self.server.load(Ordering::Acquire) {

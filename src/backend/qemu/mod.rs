@@ -41,6 +41,7 @@ mod guard;
 mod link;
 mod monitor;
 mod push;
+mod quiesce;
 mod quirks;
 mod server;
 

@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::monitor::{Job, Monitor};
-use super::{Shared, action};
+use super::{Shared, action, quiesce};
 use crate::backend::names::Names;
 use crate::backend::rundir;
 use crate::backend::{Notice, Progress, Pushing};
@@ -295,7 +295,7 @@ impl PushSession {
         if let Some(new) = checkpoint {
             actions.extend(shared.checkpoint_actions(new)?);
         }
-        monitor.transaction(actions)
+        quiesce::frozen(&shared.places, || monitor.transaction(actions))
     }
 
     fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>, why: &Error) -> Result<()> {
