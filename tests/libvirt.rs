@@ -86,7 +86,7 @@ fn checkpoints_are_libvirts() {
     assert!(status.contains("state: trusted"), "{status}");
 
     // libvirt's record goes, the bitmap stays, and the document brings it back.
-    let document = libvirtd.virsh(&["checkpoint-dumpxml", "vm", "taken"]);
+    let document = mount.read("checkpoints/taken/checkpoint.xml");
     let forgotten = Command::new(common::mount::FLEECEFS)
         .args(["checkpoint", "delete", "--metadata", "taken"])
         .arg(mount.path(""))
@@ -94,12 +94,14 @@ fn checkpoints_are_libvirts() {
         .unwrap();
     assert!(forgotten.success(), "{}", mount.last_error());
     assert_eq!(names(&libvirtd), ["later"]);
-    let file = libvirtd.dir().join("taken.xml");
-    std::fs::write(&file, document).unwrap();
-    libvirtd.virsh(&["checkpoint-create", "--redefine", "vm", text(&file)]);
+    let mut file = std::fs::File::create_new(mount.path("checkpoints/taken.xml")).unwrap();
+    std::io::Write::write_all(&mut file, document.as_bytes()).unwrap();
+    drop(file);
     eventually("the redefined one", DEADLINE, || {
         (mount.list("checkpoints") == ["later", "taken"]).then_some(())
     });
+    let status = mount.read("checkpoints/taken/status");
+    assert!(status.contains("state: trusted"), "{status}");
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
 

@@ -22,7 +22,7 @@ impl Domain {
             let mut changes = self.begin_change()?;
             let disks = self.disks()?;
             let again = again(&disks)?;
-            let checkpoint = redefined(&again, &disks)?;
+            let checkpoint = redefined(&again, &disks, again.validate && !self.mirrors)?;
             let all = &changes.record.checkpoints;
             if let Some(known) = all.iter().find(|c| c.name == *name) {
                 let same = known.created == checkpoint.created
@@ -61,8 +61,9 @@ impl Domain {
     }
 }
 
-/// The checkpoint of a redefinition, as far as the disks bear it out.
-fn redefined(again: &Redefinition, disks: &[Disk]) -> Result<Checkpoint> {
+/// The checkpoint of a redefinition, as far as the disks bear it out. Whoever keeps checkpoints itself
+/// validates them itself.
+fn redefined(again: &Redefinition, disks: &[Disk], validate: bool) -> Result<Checkpoint> {
     let request = &again.checkpoint;
     let wanted = match &request.disks {
         Some(wanted) => wanted.clone(),
@@ -88,7 +89,7 @@ fn redefined(again: &Redefinition, disks: &[Disk]) -> Result<Checkpoint> {
             )),
             _ => None,
         };
-        if let Some(why) = flaw.filter(|_| again.validate) {
+        if let Some(why) = flaw.filter(|_| validate) {
             return Err(
                 Error::new(Kind::Stale, format!("disk {}: {why}", wanted.disk))
                     .hint("its changes are lost: take a full backup"),

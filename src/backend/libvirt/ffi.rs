@@ -201,6 +201,13 @@ impl Domain {
         owned(unsafe { sys::virDomainGetXMLDesc(self.0, 0) })
     }
 
+    /// As it can be defined from; with its secrets, which stay on this host.
+    pub(super) fn definition(&self) -> Result<String> {
+        let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
+        // SAFETY: the domain is ours.
+        owned(unsafe { sys::virDomainGetXMLDesc(self.0, flags) })
+    }
+
     /// The size of a disk as the guest has it.
     pub(super) fn capacity(&self, disk: &str) -> Result<u64> {
         let disk = c(disk)?;

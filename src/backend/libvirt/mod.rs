@@ -394,7 +394,7 @@ impl Backend for Libvirt {
     }
 
     fn redefine_checkpoint(&self, again: &Checkpoint, validate: bool) -> Result<()> {
-        let xml = CheckpointDocument::describe(again, Some(&self.info)).write();
+        let xml = CheckpointDocument::describe(again, None).write();
         let mut flags = sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE;
         if validate {
             flags |= sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE;
@@ -402,7 +402,10 @@ impl Backend for Libvirt {
         self.shared
             .link
             .call("redefine a checkpoint", move |domain| {
-                domain.create_checkpoint(&xml, flags).map(drop)
+                // libvirt wants the whole domain in it; what it was then is not in our documents.
+                const END: &str = "</domaincheckpoint>";
+                let whole = xml.replace(END, &format!("{}{END}", domain.definition()?));
+                domain.create_checkpoint(&whole, flags).map(drop)
             })
     }
 
