@@ -248,7 +248,7 @@ fn the_mount_lives_on() {
 
     mount.mkdir("backups/destroyed").unwrap();
     libvirtd.virsh(&["destroy", "vm"]);
-    failed("destroyed", "destroyed");
+    failed("destroyed", "the domain was destroyed");
     let status = mount.read("status");
     assert!(status.contains("state: lost"), "{status}");
     assert_eq!(errno(mount.mkdir("backups/no")), libc::ENOTCONN);
@@ -264,7 +264,7 @@ fn the_mount_lives_on() {
 
     // Killed, so that its bitmaps are not saved.
     common::process::signal(libvirtd.qemu(), libc::SIGKILL);
-    failed("again", "the domain");
+    failed("again", "the domain crashed");
     eventually("the start", DEADLINE, || {
         libvirtd.try_virsh(&["start", "--paused", "vm"]).ok()
     });

@@ -22,6 +22,9 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How often it looks while none does.
 const IDLE: Duration = Duration::from_secs(1);
 
+/// How long a job that is gone may be so because its domain is about to be.
+const SETTLE: Duration = Duration::from_millis(200);
+
 /// The running thread; dropping it ends and joins it.
 pub(super) struct Guard {
     stop: Arc<AtomicBool>,
@@ -90,12 +93,18 @@ struct Seen {
 fn watch(shared: &Shared, session: Option<&Session>) {
     let socket = session.map(|s| s.socket().to_owned());
     let seen = shared.link.call("look after the domain", move |domain| {
+        let wanted = socket.is_some();
+        let ours = socket.map_or(Ok(false), |socket| is_ours(domain, &socket))?;
+        if wanted && !ours {
+            // A domain that ends takes the job along, a moment before it says so.
+            std::thread::sleep(SETTLE);
+        }
         let (state, reason) = domain.state()?;
         Ok(Seen {
             state,
             reason,
             id: domain.id(),
-            ours: socket.map_or(Ok(false), |socket| is_ours(domain, &socket))?,
+            ours,
             checkpoints: domain
                 .checkpoints()
                 .ok()
