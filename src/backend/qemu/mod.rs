@@ -43,6 +43,7 @@ mod monitor;
 mod push;
 mod quirks;
 mod server;
+mod target;
 
 /// A domain behind a monitor.
 pub struct Qemu {
