@@ -21,24 +21,13 @@
 //! what is known of its checkpoints, and the table at [`Domain`] says which call is which.
 //!
 //! ```no_run
-//! use std::time::Duration;
-//!
 //! use fleecefs::backend::{Places, Source};
 //! use fleecefs::engine::{Options, Store};
 //! use fleecefs::model::Name;
 //! use fleecefs::Domain;
 //!
 //! # fn main() -> fleecefs::model::Result<()> {
-//! let places = Places {
-//!     timeout: Duration::from_secs(30),
-//!     runtime: "/run/fleecefs".into(),
-//!     scratch: "/var/lib/fleecefs/scratch".into(),
-//!     scratch_limit: None,
-//!     format: None,
-//!     domain: None,
-//!     tls_psk: None,
-//! };
-//! let backend = Source::Qmp("/run/vm.qmp".into()).open(&places)?;
+//! let backend = Source::Qmp("/run/vm.qmp".into()).open(&Places::default())?;
 //! let store = Store::open("/var/lib/fleecefs/vm".as_ref())?;
 //! let domain = Domain::open(backend, store, Options::default())?;
 //! let backup = domain.begin_backup(Name::new("tue")?)?;

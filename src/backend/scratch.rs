@@ -66,8 +66,7 @@ impl Scratch {
 
     /// As [`room`], where the file is.
     pub(super) fn room(&self) -> Option<u64> {
-        // SAFETY: a descriptor that is open, and a place for the answer.
-        above_reserve(|stat| unsafe { libc::fstatvfs(self.file.as_raw_fd(), stat) })
+        space(&self.file).map(|(free, reserve)| free.saturating_sub(reserve))
     }
 }
 
@@ -104,18 +103,29 @@ pub(super) fn room(dir: &Path) -> Option<u64> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
     // SAFETY: a C string and a place for the answer, both alive for the call.
-    above_reserve(|stat| unsafe { libc::statvfs(path.as_ptr(), stat) })
+    let space = ask(|stat| unsafe { libc::statvfs(path.as_ptr(), stat) });
+    space.map(|(free, reserve)| free.saturating_sub(reserve))
 }
 
-fn above_reserve(ask: impl FnOnce(*mut libc::statvfs) -> libc::c_int) -> Option<u64> {
+/// Bytes that are free where a file is; `None` if that cannot be told.
+pub(super) fn free(file: &File) -> Option<u64> {
+    space(file).map(|(free, _)| free)
+}
+
+fn space(file: &File) -> Option<(u64, u64)> {
+    // SAFETY: a descriptor that is open, and a place for the answer.
+    ask(|stat| unsafe { libc::fstatvfs(file.as_raw_fd(), stat) })
+}
+
+/// Bytes that are free, and those of them that are the reserve.
+fn ask(ask: impl FnOnce(*mut libc::statvfs) -> libc::c_int) -> Option<(u64, u64)> {
     // SAFETY: all-zero bytes are a valid statvfs.
     let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
     if ask(&raw mut stat) != 0 {
         return None;
     }
     let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
-    let reserve = RESERVE.min(bytes(stat.f_blocks) / 20);
-    Some(bytes(stat.f_bavail).saturating_sub(reserve))
+    Some((bytes(stat.f_bavail), RESERVE.min(bytes(stat.f_blocks) / 20)))
 }
 
 /// Removes the files of dead processes: one that was killed between making a file and unlinking it.

@@ -44,6 +44,24 @@ pub struct Places {
     pub tls_psk: Option<PathBuf>,
 }
 
+impl Default for Places {
+    /// Those of the mount's options, for root.
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(30),
+            runtime: "/run/fleecefs".into(),
+            scratch: "/var/lib/fleecefs/scratch".into(),
+            scratch_limit: None,
+            format: None,
+            domain: None,
+            quiesce: false,
+            guest_agent: None,
+            uri: "qemu:///system".to_owned(),
+            tls_psk: None,
+        }
+    }
+}
+
 impl Source {
     /// Reads the command line's words: `qmp:PATH`, `libvirt:NAME`, or one or more paths of images.
     pub fn parse(words: &[String]) -> Result<Self> {

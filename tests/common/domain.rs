@@ -21,13 +21,7 @@ pub fn places(dir: &Path) -> Places {
         timeout: Duration::from_secs(20),
         runtime: dir.join("run"),
         scratch: dir.join("scratch"),
-        scratch_limit: None,
-        format: None,
-        domain: None,
-        quiesce: false,
-        guest_agent: None,
-        uri: "qemu:///system".into(),
-        tls_psk: None,
+        ..Places::default()
     }
 }
 

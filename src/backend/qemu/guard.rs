@@ -97,7 +97,10 @@ fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
             }
             Ok(None) => {}
             // The next round connects again; after lost events, go on with those to come.
-            Err(_) => mark = client.as_ref().map_or(mark, |c| c.mark()),
+            Err(_) => {
+                mark = client.as_ref().map_or(mark, |c| c.mark());
+                write_may_have_failed(&shared);
+            }
         }
         // By the clock: a QEMU that is never silent must not keep us from looking.
         if last_look.elapsed() >= wait {
@@ -174,7 +177,35 @@ fn write_failed(shared: &Shared, event: &qmp::Event) {
     if !ours || event.data["operation"] != "write" {
         return;
     }
-    match pushes.iter().find(|p| p.below(node).is_some()) {
+    give_way(shared, node);
+    if event.data["action"] == "stop" {
+        go_on(shared);
+    }
+}
+
+/// Events were lost, and that a guest's write failed may be among them.
+fn write_may_have_failed(shared: &Shared) {
+    let short = running(shared).iter().any(|s| s.is_short_of_room())
+        || shared.pushes.lock().iter().any(|p| p.is_out_of_room());
+    let stopped = || {
+        let state = shared
+            .link
+            .monitor()
+            .and_then(|monitor| monitor.run_state());
+        state.is_ok_and(|state| state == "io-error")
+    };
+    if short && stopped() {
+        give_way(shared, "");
+        go_on(shared);
+    }
+}
+
+/// Ends the backup for which there was no space.
+fn give_way(shared: &Shared, node: &str) {
+    let pushes = shared.pushes.lock().clone();
+    // Filters lie over each other, and the topmost is told of what failed in any of them.
+    let full = pushes.iter().find(|p| p.is_out_of_room());
+    match full.or_else(|| pushes.iter().find(|p| p.below(node).is_some())) {
         Some(push) => {
             let why = Error::new(
                 Kind::NoSpace,
@@ -185,10 +216,10 @@ fn write_failed(shared: &Shared, event: &qmp::Event) {
         }
         None => end_largest(shared, "the scratch space is full"),
     }
-    if event.data["action"] != "stop" {
-        return;
-    }
-    // The write is made again; if it fails again, the next backup goes.
+}
+
+/// Has the guest make its write again; if it fails again, the next backup goes.
+fn go_on(shared: &Shared) {
     let cont = shared.link.monitor().and_then(|monitor| {
         if monitor.run_state()? == "io-error" {
             log::warn!("the guest was stopped by a full scratch space; it goes on now");

@@ -44,6 +44,7 @@ mod push;
 mod quiesce;
 mod quirks;
 mod server;
+mod target;
 
 /// A domain behind a monitor.
 pub struct Qemu {

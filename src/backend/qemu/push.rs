@@ -11,14 +11,11 @@
 //! ```
 //!
 //! The same transaction as for a pull backup, over all disks, decides the instant. Then there is
-//! nothing to do but to watch: the guard looks at the jobs and lets go of each target as soon as it
-//! is written, so that `completed` means closed and on disk. If one disk fails, all do. A file that
-//! was made here and did not become a backup is removed; it could be taken for one.
+//! nothing to do but to watch: the guard looks at the jobs, and a thread for each disk that is written
+//! puts its target on disk and lets go of it, so that `completed` means closed and on disk, and nobody
+//! waits for that meanwhile. If one disk fails, all do. A file that was made here and did not become a
+//! backup is removed; it could be taken for one.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -26,13 +23,13 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::monitor::{Job, Monitor};
+use super::target::TargetFile;
 use super::{Shared, action, quiesce};
 use crate::backend::names::Names;
-use crate::backend::rundir;
 use crate::backend::{Notice, Progress, Pushing};
 use crate::model::{
-    Control, CopyDisk, Error, Format, Image, JobId, JobState, Kind, NewCheckpoint, Outcome,
-    PushPlan, Result, Target,
+    Control, CopyDisk, Error, Format, JobId, JobState, Kind, NewCheckpoint, Outcome, PushPlan,
+    Result,
 };
 
 /// One disk's share of a push backup.
@@ -42,15 +39,20 @@ struct Part {
     node: String,
     size: u64,
     names: Names,
-    target: Target,
+    target: TargetFile,
     /// The bitmaps whose union is copied; `None`: everything.
     changed: Option<Vec<String>>,
     progress: Mutex<Progress>,
-    /// The target, held open: its name may be another file's before long, or a pipe's, to open which
-    /// would take for ever.
-    file: Mutex<Option<File>>,
-    /// The file was made here.
-    made: Mutex<bool>,
+    /// How the letting go of a target that is written came out, once it has begun.
+    closed: Mutex<Option<Closing>>,
+}
+
+/// Letting go of a target that is written.
+enum Closing {
+    /// It is under way.
+    Begun,
+    /// It is over.
+    Over(Result<()>),
 }
 
 /// A push backup in QEMU.
@@ -106,34 +108,22 @@ impl Part {
             node: live.node,
             size: live.disk.size,
             names: Names::new(shared.rundir.id(), job, index),
-            target: disk.target.clone(),
+            target: TargetFile::new(disk.target.clone(), live.disk.size),
             changed: disk.changed.clone(),
             progress: Mutex::new(Progress {
                 state: JobState::Running,
                 done: 0,
                 total: 0,
             }),
-            file: Mutex::new(None),
-            made: Mutex::new(false),
+            closed: Mutex::new(None),
         })
     }
 
     /// Makes and opens the target.
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<()> {
-        let path = Path::new(self.target.image.path());
-        let driver = match &self.target.image {
-            Image::File(_) => {
-                self.prepare_file(shared, path, monitor)?;
-                "file"
-            }
-            Image::Block(_) => {
-                if !self.open(path)?.file_type().is_block_device() {
-                    let why = format!("{} is no block device", path.display());
-                    return Err(Error::new(Kind::Invalid, why));
-                }
-                "host_device"
-            }
-        };
+        let peer = monitor.client().peer();
+        let driver = self.target.prepare(&shared.rundir, peer.uid, peer.gid)?;
+        let path = self.target.path();
         let file = self.names.file();
         monitor
             .blockdev_add(json!({"driver": driver, "node-name": file, "filename": path}))
@@ -144,13 +134,14 @@ impl Part {
                 ),
                 _ => e,
             })?;
-        if self.target.format == Format::Qcow2 && !self.target.existing {
+        let format = self.target.format();
+        if format == Format::Qcow2 && !self.target.is_prepared() {
             monitor.create_qcow2(&self.names.create(), &file, self.size)?;
         }
         let mut node = json!({
-            "driver": self.target.format.word(), "node-name": self.names.overlay(), "file": file,
+            "driver": format.word(), "node-name": self.names.overlay(), "file": file,
         });
-        match self.target.format {
+        match format {
             // Whole clusters are written, so what a prepared image is based on need not be opened,
             // and may not: it can be the very disk that is copied.
             Format::Qcow2 => node["backing"] = Value::Null,
@@ -158,67 +149,6 @@ impl Part {
             Format::Raw => node["size"] = json!(self.size),
         }
         monitor.blockdev_add(node)
-    }
-
-    fn prepare_file(&self, shared: &Shared, path: &Path, monitor: &Monitor) -> Result<()> {
-        let peer = monitor.client().peer();
-        if !self.target.existing {
-            let file = OpenOptions::new()
-                .create_new(true)
-                .write(true)
-                .mode(0o600)
-                .open(path)
-                .map_err(|e| unusable(path, &e))?;
-            *self.made.lock() = true;
-            let file = self.file.lock().insert(file).try_clone();
-            let file = file.map_err(|e| unusable(path, &e))?;
-            let noted = shared.rundir.note_target(path);
-            noted.map_err(|e| unusable(path, &e))?;
-            if self.target.format == Format::Raw {
-                file.set_len(self.size).map_err(|e| unusable(path, &e))?;
-            }
-            return rundir::give_to(&file, path, peer.uid, peer.gid).map(drop);
-        }
-        let meta = self.open(path).map_err(|e| match e.kind() {
-            Kind::NotFound => e.hint(
-                "the changes are written onto an older copy, which must be there; as qcow2 they \
-                 can stand alone",
-            ),
-            _ => e,
-        })?;
-        if self.target.format == Format::Raw && meta.len() != self.size {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!(
-                    "{} has {} bytes, and the disk {}: it is no copy of it",
-                    path.display(),
-                    meta.len(),
-                    self.size
-                ),
-            ));
-        }
-        Ok(())
-    }
-
-    /// Opens a target that is there, whatever it is.
-    fn open(&self, path: &Path) -> Result<fs::Metadata> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(|e| unusable(path, &e))?;
-        let meta = file.metadata().map_err(|e| unusable(path, &e))?;
-        *self.file.lock() = Some(file);
-        Ok(meta)
-    }
-
-    /// Whether the target still has its name.
-    fn is_in_place(&self) -> bool {
-        let id = |m: fs::Metadata| (m.dev(), m.ino());
-        let file = self.file.lock();
-        let own = file.as_ref().and_then(|f| f.metadata().ok()).map(id);
-        let named = fs::metadata(self.target.image.path()).ok().map(id);
-        own.is_some() && own == named
     }
 
     /// Its share of the instant.
@@ -257,23 +187,13 @@ impl Part {
         Ok(())
     }
 
-    /// The job has ended by itself: whether the target is what it should be.
-    fn conclude(&self, monitor: &Monitor, job: &Job) -> Result<()> {
-        let failure = job
-            .error()
-            .map(|why| super::monitor::refused("the backup", why));
+    /// What the job wrote is put on disk, before QEMU flushes it while it holds its own lock; then the
+    /// target is let go of.
+    fn close(&self, monitor: &Monitor) -> Result<()> {
+        self.target.sync()?;
         self.dissolve(monitor)?;
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
-        let path = Path::new(self.target.image.path());
-        if !self.is_in_place() {
-            let why = format!("target {} was replaced meanwhile", path.display());
-            return Err(Error::new(Kind::Io, why));
-        }
-        let file = self.file.lock();
-        let synced = file.as_ref().map_or(Ok(()), File::sync_all);
-        synced.map_err(|e| unusable(path, &e))
+        self.target.sync()?;
+        self.target.check()
     }
 
     fn during(&self, error: Error) -> Error {
@@ -339,7 +259,7 @@ impl PushSession {
     }
 
     /// Looks at the jobs: how far they are, and which have ended.
-    pub(super) fn watch(&self, shared: &Shared) {
+    pub(super) fn watch(self: &Arc<Self>, shared: &Shared) {
         if !self.begun.load(Ordering::Acquire) || !self.is_running() {
             return;
         }
@@ -357,30 +277,9 @@ impl PushSession {
             // It may answer again.
             Err(_) => return,
         };
-        for part in &self.parts {
-            if matches!(part.progress.lock().state, JobState::Ended(_)) {
-                continue;
-            }
-            let job = jobs.iter().find(|j| j.id == part.names.job());
-            let Some(job) = job else {
-                let why = Error::new(Kind::Io, "its job is gone: somebody else ended it");
-                return self.fail(shared, part.during(why));
-            };
-            let ended = job.status == "concluded";
-            let state = match job.status.as_str() {
-                "paused" => JobState::Paused,
-                _ => JobState::Running,
-            };
-            *part.progress.lock() = Progress {
-                state,
-                done: job.done,
-                total: job.total,
-            };
-            if ended {
-                if let Err(e) = part.conclude(&monitor, job) {
-                    return self.fail(shared, part.during(e));
-                }
-                part.progress.lock().state = JobState::Ended(Outcome::Completed);
+        for (index, part) in self.parts.iter().enumerate() {
+            if let Err(e) = self.watch_part(index, &monitor, &jobs) {
+                return self.fail(shared, part.during(e));
             }
         }
         let mut parts = self.parts.iter();
@@ -390,12 +289,64 @@ impl PushSession {
             *gone = true;
             drop(gone);
             for part in &self.parts {
-                let path = Path::new(part.target.image.path());
-                shared.rundir.forget_target(path);
+                part.target.keep(&shared.rundir);
             }
             self.forget(shared);
             shared.notify(Notice::Over(self.id, Ok(Outcome::Completed)));
         }
+    }
+
+    /// How far one disk is. What is written is let go of by a thread of its own.
+    fn watch_part(self: &Arc<Self>, index: usize, monitor: &Monitor, jobs: &[Job]) -> Result<()> {
+        let part = &self.parts[index];
+        let mut closed = part.closed.lock();
+        match closed.take() {
+            None => {}
+            Some(Closing::Begun) => {
+                *closed = Some(Closing::Begun);
+                return Ok(());
+            }
+            Some(Closing::Over(outcome)) => {
+                *closed = Some(Closing::Over(Ok(())));
+                outcome?;
+                part.progress.lock().state = JobState::Ended(Outcome::Completed);
+                return Ok(());
+            }
+        }
+        let job = jobs.iter().find(|j| j.id == part.names.job());
+        let job =
+            job.ok_or_else(|| Error::new(Kind::Io, "its job is gone: somebody else ended it"))?;
+        let state = match job.status.as_str() {
+            "paused" => JobState::Paused,
+            _ => JobState::Running,
+        };
+        *part.progress.lock() = Progress {
+            state,
+            done: job.done,
+            total: job.total,
+        };
+        if job.status != "concluded" {
+            return Ok(());
+        }
+        if let Some(why) = job.error() {
+            return Err(super::monitor::refused("the backup", why));
+        }
+        let (session, monitor) = (Arc::clone(self), monitor.clone());
+        let close = move || {
+            let part = &session.parts[index];
+            let outcome = part.close(&monitor);
+            *part.closed.lock() = Some(Closing::Over(outcome));
+        };
+        let thread = std::thread::Builder::new().name("push".to_owned());
+        let started = thread.spawn(close);
+        started.map_err(|e| Error::new(Kind::Io, format!("cannot start a thread: {e}")))?;
+        *closed = Some(Closing::Begun);
+        Ok(())
+    }
+
+    /// Whether a target of it has no room left.
+    pub(super) fn is_out_of_room(&self) -> bool {
+        self.parts.iter().any(|p| p.target.is_full())
     }
 
     /// Takes everything apart, and only then says that it is over; nothing is left to do after that
@@ -426,21 +377,10 @@ impl PushSession {
                 part.dissolve(&monitor).map_err(|e| part.during(e))?;
             }
         }
-        self.remove_files(shared);
-        Ok(())
-    }
-
-    /// Removes the files that were made for it, lest they be taken for a backup.
-    fn remove_files(&self, shared: &Shared) {
-        for part in self.parts.iter().filter(|p| *p.made.lock()) {
-            let path = part.target.image.path();
-            if !part.is_in_place() {
-                log::warn!("{path} is not what was written there; it is left alone");
-            } else if let Err(e) = fs::remove_file(path) {
-                log::warn!("cannot remove {path}, which is no backup: {e}");
-            }
-            shared.rundir.forget_target(Path::new(path));
+        for part in &self.parts {
+            part.target.discard(&shared.rundir);
         }
+        Ok(())
     }
 
     fn forget(&self, shared: &Shared) {
@@ -476,21 +416,6 @@ impl PushSession {
             }
         }
         Ok(())
-    }
-}
-
-fn unusable(path: &Path, error: &std::io::Error) -> Error {
-    let kind = match error.kind() {
-        ErrorKind::AlreadyExists => Kind::Exists,
-        ErrorKind::NotFound => Kind::NotFound,
-        ErrorKind::PermissionDenied => Kind::NotPermitted,
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Kind::NoSpace,
-        _ => Kind::Io,
-    };
-    let error = Error::new(kind, format!("target {}: {error}", path.display()));
-    match kind {
-        Kind::Exists => error.hint("a backup is never written over something: choose another name"),
-        _ => error,
     }
 }
 
