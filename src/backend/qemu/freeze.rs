@@ -247,15 +247,17 @@ impl Part {
 
     /// Removes every trace, in the order that neither deadlocks QEMU nor shows a reader newer data:
     /// its readers, the export, the job, the nodes from the top down.
-    fn dissolve(&self, monitor: &Monitor) -> Result<()> {
+    fn dissolve(&self, shared: &Shared, monitor: &Monitor) -> Result<()> {
         monitor.export_del(&self.names.public_export())?;
         monitor.export_del(&self.names.map_export())?;
         monitor.export_del(&self.names.export())?;
-        monitor.job_cancel(&self.names.job())?;
-        monitor.blockdev_del(&self.names.access())?;
-        monitor.blockdev_del(&self.names.overlay())?;
-        monitor.blockdev_del(&self.names.file())?;
-        Ok(())
+        shared.in_silence(|| {
+            monitor.job_cancel(&self.names.job())?;
+            monitor.blockdev_del(&self.names.access())?;
+            monitor.blockdev_del(&self.names.overlay())?;
+            monitor.blockdev_del(&self.names.file())?;
+            Ok(())
+        })
     }
 
     fn during(&self, error: Error) -> Error {
@@ -283,7 +285,7 @@ impl Session {
         // The frozen copies come first: what a copy is taken of must not have been switched off by
         // an action that a later version might not see as simultaneous.
         actions.splice(0..0, self.parts.iter().flat_map(Part::actions));
-        quiesce::frozen(&shared.places, || monitor.transaction(actions))?;
+        shared.in_silence(|| quiesce::frozen(&shared.places, || monitor.transaction(actions)))?;
 
         for part in &self.parts {
             if !self.server.load(Ordering::Acquire) {
@@ -415,7 +417,7 @@ impl Session {
                 false => monitor.discard_create(&part.names.create()),
             };
             let outcome = half_made
-                .and_then(|()| part.dissolve(monitor))
+                .and_then(|()| part.dissolve(shared, monitor))
                 .map_err(|e| part.during(e));
             let silent = matches!(&outcome, Err(e) if e.kind() == Kind::TimedOut);
             result = result.and(outcome);

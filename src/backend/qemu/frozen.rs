@@ -131,8 +131,8 @@ impl QemuDisk {
     fn status(&self, export: &str, context: &str) -> Result<Extents<u32>> {
         let endpoint = endpoint(&self.shared, export);
         let timeout = self.shared.places.timeout;
-        let mut maps = nbd::block_status(&endpoint, &[context], timeout)
-            .map_err(|e| self.explain(error(e)))?;
+        let ask = || nbd::block_status(&endpoint, &[context], timeout).map_err(error);
+        let mut maps = self.shared.in_traffic(ask).map_err(|e| self.explain(e))?;
         maps.pop()
             .ok_or_else(|| Error::new(Kind::Io, format!("no map {context} came")))
     }
@@ -144,18 +144,23 @@ impl FrozenDisk for QemuDisk {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let read = match self.access {
-            Access::Sound => self.pool.read_at(offset, buf),
+        let read = |at, piece: &mut [u8]| {
+            let answer = self
+                .shared
+                .in_traffic(|| self.pool.read_at(at, piece).map_err(error));
+            answer.map_err(|e| self.explain(e))
+        };
+        match self.access {
+            Access::Sound => read(offset, buf),
             Access::Clusterwise => {
                 let mut rest = buf;
                 quirks::clusters(offset, rest.len() as u64).try_for_each(|(at, length)| {
                     let (piece, tail) = std::mem::take(&mut rest).split_at_mut(length);
                     rest = tail;
-                    self.pool.read_at(at, piece)
+                    read(at, piece)
                 })
             }
-        };
-        read.map_err(|e| self.explain(error(e)))
+        }
     }
 
     fn allocation(&self) -> Result<Extents<Allocation>> {

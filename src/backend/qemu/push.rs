@@ -215,7 +215,7 @@ impl PushSession {
         if let Some(new) = checkpoint {
             actions.extend(shared.checkpoint_actions(new)?);
         }
-        quiesce::frozen(&shared.places, || monitor.transaction(actions))
+        shared.in_silence(|| quiesce::frozen(&shared.places, || monitor.transaction(actions)))
     }
 
     fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>, why: &Error) -> Result<()> {
@@ -374,7 +374,8 @@ impl PushSession {
         };
         if let Some(monitor) = monitor {
             for part in &self.parts {
-                part.dissolve(&monitor).map_err(|e| part.during(e))?;
+                let dissolved = shared.in_silence(|| part.dissolve(&monitor));
+                dissolved.map_err(|e| part.during(e))?;
             }
         }
         for part in &self.parts {
