@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use common::domain::{Fixture, fixture, name, places};
 use common::tools::need;
 use fleecefs::backend::Source;
-use fleecefs::engine::{Domain, Options, Store};
+use fleecefs::engine::{CreateFlags, Domain, Options, Store};
 use fleecefs::model::Kind;
 use serde_json::{Value, json};
 
@@ -101,6 +101,29 @@ fn frozen_at_the_instant_and_not_longer() {
     let told = with_agent(&f, Agent::Freezes, |domain| {
         domain.begin_backup(name("b")).unwrap();
         domain.end_backup(&name("b")).unwrap();
+    });
+    assert_eq!(told, [freeze(false), thaw(true)]);
+}
+
+/// libvirt's flag QUIESCE: a checkpoint alone.
+#[test]
+fn a_checkpoint_is_quiesced_if_that_is_asked_for() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let f = fixture(&[4 * MIB]);
+    let quiesce = CreateFlags {
+        quiesce: true,
+        ..CreateFlags::default()
+    };
+    let create = |domain: &Domain, flags| {
+        domain.create_checkpoint_xml(&name("b"), b"<domaincheckpoint/>", flags)
+    };
+    let refused = create(&f.domain, quiesce).unwrap_err();
+    assert_eq!(refused.kind(), Kind::Unsupported, "{refused}");
+    f.domain.close().unwrap();
+    let told = with_agent(&f, Agent::Freezes, |domain| {
+        create(domain, quiesce).unwrap();
+        domain.delete_checkpoint(&name("b")).unwrap();
+        create(domain, CreateFlags::default()).unwrap();
     });
     assert_eq!(told, [freeze(false), thaw(true)]);
 }

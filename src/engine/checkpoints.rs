@@ -39,7 +39,11 @@ impl Domain {
                 .new_checkpoint(&changes, &request, &disks)?
                 .ok_or_else(|| no_disk_can(&disks))?;
             self.with_new_checkpoint(&mut changes, new, &disks, |new| {
-                self.backend.create_checkpoint(new)
+                let new = NewCheckpoint {
+                    quiesce: request.quiesce,
+                    ..new.clone()
+                };
+                self.backend.create_checkpoint(&new)
             })
         };
         work().map_err(|e| e.during(format!("create checkpoint {name}")))?;
@@ -267,6 +271,7 @@ impl Domain {
             description: checkpoint.description.clone(),
             created: checkpoint.created,
             bitmaps: history::new_bitmaps(&checkpoint, disks, &all, granularity),
+            quiesce: false,
         };
         self.intend(changes, record, Pending::Create(checkpoint.clone()))?;
 

@@ -13,7 +13,7 @@ use super::request::{
     BackupRequest, Base, BitmapRequest, CheckpointRequest, CopyRequest, OwnCheckpoint, PullDisk,
     Redefinition, Work,
 };
-use crate::model::{Disk, Error, Format, Image, JobId, Kind, Mode, Name, Result, Target};
+use crate::model::{Disk, Format, Image, JobId, Mode, Name, Result, Target};
 use crate::xml::{
     At, BackupDocument, BackupDocumentDisk, BackupMode, CheckpointDocument, Place, Server,
 };
@@ -25,7 +25,7 @@ pub struct CreateFlags {
     pub redefine: bool,
     /// REDEFINE_VALIDATE: and must be sound.
     pub validate: bool,
-    /// QUIESCE: freeze the guest's file systems meanwhile.
+    /// QUIESCE: freeze the guest's file systems at the instant.
     pub quiesce: bool,
 }
 
@@ -51,19 +51,18 @@ impl Domain {
             .map_err(|e| e.into_refusal())
             .and_then(|d| named(&d, name).map(|()| d))
             .map_err(|e| e.during(format!("create checkpoint {name}")))?;
-        if flags.quiesce {
-            return Err(Error::new(
-                Kind::Unsupported,
-                format!("create checkpoint {name}: the guest's file systems cannot be frozen here"),
-            )
-            .hint("freeze them through the guest agent around it"));
-        }
         if flags.redefine {
             return self.redefine_with(name, |disks| {
                 self.redefinition(name, &document, disks, flags.validate)
             });
         }
-        self.create_with(name, |disks| checkpoint_request(name, &document, disks))
+        self.create_with(name, |disks| {
+            let request = checkpoint_request(name, &document, disks)?;
+            Ok(CheckpointRequest {
+                quiesce: flags.quiesce,
+                ..request
+            })
+        })
     }
 
     /// The same for a file `checkpoints/NAME.xml`, which has no flags: a document that says when the
@@ -273,6 +272,7 @@ fn checkpoint_request(
         name: name.clone(),
         description: document.description.clone(),
         disks: (!document.disks.is_empty()).then_some(wanted),
+        quiesce: false,
     })
 }
 

@@ -14,6 +14,9 @@ pub struct CheckpointRequest {
     pub description: Option<String>,
     /// The disks it covers; `None`: every disk that can carry a bitmap.
     pub disks: Option<Vec<BitmapRequest>>,
+    /// The guest's file systems are to be frozen at the instant: EOPNOTSUPP where its agent is not
+    /// known. (A backup's checkpoint goes by the mount's `quiesce`.)
+    pub quiesce: bool,
 }
 
 impl CheckpointRequest {
@@ -23,6 +26,7 @@ impl CheckpointRequest {
             name,
             description: None,
             disks: None,
+            quiesce: false,
         }
     }
 }

@@ -77,6 +77,8 @@ pub struct NewCheckpoint {
     pub created: SystemTime,
     /// A bitmap for each disk it covers.
     pub bitmaps: Vec<NewBitmap>,
+    /// The guest's file systems are to be frozen at the instant.
+    pub quiesce: bool,
 }
 
 /// A bitmap to make, and the one that stops recording in its favour.

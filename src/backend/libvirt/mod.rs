@@ -262,6 +262,13 @@ fn kind_of_job(operation: i32) -> &'static str {
 
 /// What libvirt leaves no choice about.
 fn choices(new: &NewCheckpoint) -> Result<()> {
+    if new.quiesce {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "libvirt's QEMU driver does not quiesce for a checkpoint alone",
+        )
+        .hint("with -o quiesce, a backup is quiesced, and its checkpoint with it"));
+    }
     for bitmap in &new.bitmaps {
         if bitmap.granularity.is_some() {
             return Err(Error::new(

@@ -403,7 +403,19 @@ impl Backend for Qemu {
 
     fn create_checkpoint(&self, new: &NewCheckpoint) -> Result<()> {
         let actions = self.shared.checkpoint_actions(new)?;
-        self.shared.link.monitor()?.transaction(actions)
+        let monitor = self.shared.link.monitor()?;
+        match (new.quiesce, &self.shared.places.guest_agent) {
+            (false, _) => monitor.transaction(actions),
+            (true, Some(agent)) => {
+                let timeout = self.shared.places.timeout;
+                quiesce::frozen_by(agent, timeout, || monitor.transaction(actions))
+            }
+            (true, None) => Err(Error::new(
+                Kind::Unsupported,
+                "the guest's file systems cannot be frozen: its agent is not known",
+            )
+            .hint("mount with -o quiesce,guest-agent=SOCKET")),
+        }
     }
 
     fn delete_checkpoint(&self, removal: &CheckpointRemoval) -> Result<()> {

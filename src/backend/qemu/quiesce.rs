@@ -4,6 +4,7 @@
 //! A guest that stays frozen hangs. So they are thawed in every outcome, in a conversation of its own:
 //! the one that froze may have ended in a silence, with the agent still at it.
 
+use std::path::Path;
 use std::time::Duration;
 
 use crate::backend::Places;
@@ -19,10 +20,19 @@ const TRIES: u32 = 3;
 
 /// Does `work` while the guest's file systems are frozen, if the mount says so.
 pub(super) fn frozen<T>(places: &Places, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let Some(path) = places.guest_agent.as_deref().filter(|_| places.quiesce) else {
-        return work();
-    };
-    let timeout = FREEZE.min(places.timeout);
+    match &places.guest_agent {
+        Some(agent) if places.quiesce => frozen_by(agent, places.timeout, work),
+        _ => work(),
+    }
+}
+
+/// Does `work` while the guest's file systems are frozen by the agent behind the socket `path`.
+pub(super) fn frozen_by<T>(
+    path: &Path,
+    timeout: Duration,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let timeout = FREEZE.min(timeout);
     // Nothing was asked for yet that would have to be undone.
     let mut agent = Agent::connect(path, timeout).map_err(|e| e.during("freeze file systems"))?;
     let asked = agent.freeze();
