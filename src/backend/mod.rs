@@ -20,6 +20,7 @@ mod scratch;
 pub mod sim;
 mod source;
 mod storage_daemon;
+mod watch;
 
 pub use rundir::make_passable;
 pub use source::{Places, Source};

@@ -6,7 +6,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virt_sys as sys;
@@ -14,6 +13,7 @@ use virt_sys as sys;
 use super::session::{Session, is_ours};
 use super::{Shared, look};
 use crate::backend::Notice;
+use crate::backend::watch::Watcher;
 use crate::model::{Error, Kind};
 
 /// How often it looks while a backup runs, and how often its end is looked for.
@@ -25,38 +25,9 @@ const IDLE: Duration = Duration::from_secs(1);
 /// How long a job that is gone may be so because its domain is about to be.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// The running thread; dropping it ends and joins it.
-pub(super) struct Guard {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Guard {
-    pub(super) fn start(shared: &Arc<Shared>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let weak = Arc::downgrade(shared);
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("guard".to_owned())
-            .spawn(move || run(&weak, &stopped));
-        if let Err(e) = &thread {
-            log::error!("cannot start the thread that looks after the domain: {e}");
-        }
-        Self {
-            stop,
-            thread: thread.ok(),
-        }
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
-    }
+pub(super) fn start(shared: &Arc<Shared>) -> Watcher {
+    let weak = Arc::downgrade(shared);
+    Watcher::start(move |stop| run(&weak, stop))
 }
 
 fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
@@ -138,14 +109,14 @@ fn watch(shared: &Shared, session: Option<&Session>) {
         None if !session.is_of(seen.id) => {
             fail(shared, session, gone("the domain was restarted"));
         }
-        None if !seen.ours && session.failure().is_none() => {
+        None if !seen.ours && session.fate.failure().is_none() => {
             let why = "libvirt's job is gone: it was aborted by someone else (virsh domjobabort), or \
                        failed";
             fail(shared, session, gone(why));
         }
         None => {}
     }
-    if session.failure().is_some() {
+    if session.fate.failure().is_some() {
         // Also what could not be ended before.
         if let Err(e) = session.end(shared) {
             log::debug!("ending a backup that is over: {e}");
@@ -192,7 +163,7 @@ fn watch_space(shared: &Shared, session: &Session, seen: &Seen) {
     };
     if let Some(most) = most.filter(|m| used.saturating_mul(4) >= m.saturating_mul(3))
         && used > 0
-        && session.warn_once()
+        && session.fate.warn_once()
     {
         shared.notify(Notice::ScratchThreshold(session.id, used, most));
     }
@@ -229,7 +200,7 @@ fn watch_space(shared: &Shared, session: &Session, seen: &Seen) {
 
 /// From now on reads of the backup fail, and whoever listens is told.
 fn fail(shared: &Shared, session: &Session, why: Error) {
-    if session.fail(why.clone()) {
+    if session.fate.fail(why.clone()) {
         shared.notify(Notice::Over(session.id, Err(why)));
     }
 }

@@ -22,6 +22,7 @@ use self::link::Link;
 use self::session::Session;
 use super::rundir::{self, RunDir};
 use super::source::Places;
+use super::watch::Watcher;
 use super::{Backend, Frozen, Listener, Notice, Pushing, scratch};
 use crate::model::{
     BackupPlan, Checkpoint, CheckpointRemoval, Disk, DomainInfo, Error, Kind, Mode, Name,
@@ -43,7 +44,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 struct Libvirt {
     shared: Arc<Shared>,
     info: DomainInfo,
-    guard: Mutex<Option<guard::Guard>>,
+    guard: Mutex<Option<Watcher>>,
 }
 
 struct Shared {
@@ -106,7 +107,7 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
         down: Mutex::default(),
         listener: OnceLock::new(),
     });
-    let guard = Mutex::new(Some(guard::Guard::start(&shared)));
+    let guard = Mutex::new(Some(guard::start(&shared)));
     Ok(Arc::new(Libvirt {
         shared,
         info,
@@ -192,7 +193,7 @@ impl Shared {
     /// EBUSY if a job holds the domain: libvirt would let us wait for 30 s, and then say no.
     fn is_free(&self) -> Result<()> {
         if let Some(session) = self.session.lock().clone() {
-            if session.failure().is_none() {
+            if session.fate.failure().is_none() {
                 return Err(Error::new(
                     Kind::Busy,
                     "libvirt lets a domain have one backup at a time, and one runs",

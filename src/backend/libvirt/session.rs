@@ -8,10 +8,9 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use virt_sys as sys;
 
 use super::Shared;
@@ -19,6 +18,7 @@ use super::ffi::{self, Domain};
 use super::link::Link;
 use crate::backend::names::Names;
 use crate::backend::over_nbd::{CONNECTIONS, allocation, error, surely};
+use crate::backend::watch::Fate;
 use crate::backend::{Frozen, FrozenDisk, rundir, scratch};
 use crate::model::{
     Allocation, BackupPlan, Error, Extents, Format, FreezeDisk, Image, JobId, Kind, Mode, Result,
@@ -41,11 +41,8 @@ pub(super) struct Session {
     /// libvirt's number of the running domain.
     domain: Option<u32>,
     parts: Vec<Part>,
-    pools: Mutex<Vec<Arc<nbd::Pool>>>,
-    /// It was told that its scratch space gets short.
-    warned: AtomicBool,
-    /// Why it is over. Set before anything is taken apart.
-    failure: RwLock<Option<Error>>,
+    /// Whether it is over.
+    pub(super) fate: Fate,
     /// libvirt has nothing of it any more. The lock is held while it is taken apart.
     gone: Mutex<bool>,
 }
@@ -110,9 +107,7 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
         socket,
         domain,
         parts,
-        pools: Mutex::default(),
-        warned: AtomicBool::new(false),
-        failure: RwLock::new(None),
+        fate: Fate::default(),
         gone: Mutex::new(false),
     });
     *shared.session.lock() = Some(Arc::clone(&session));
@@ -270,29 +265,6 @@ impl Session {
         self.domain == domain
     }
 
-    pub(super) fn failure(&self) -> Option<Error> {
-        self.failure.read().clone()
-    }
-
-    /// From now on every read fails with `why`, unless it failed before; whether this made it so.
-    pub(super) fn fail(&self, why: Error) -> bool {
-        let first = {
-            let mut failure = self.failure.write();
-            let first = failure.is_none();
-            failure.get_or_insert(why);
-            first
-        };
-        for pool in self.pools.lock().iter() {
-            pool.close();
-        }
-        first
-    }
-
-    /// Whether nobody was told yet that scratch space gets short.
-    pub(super) fn warn_once(&self) -> bool {
-        !self.warned.swap(true, Ordering::AcqRel)
-    }
-
     /// Bytes that the scratch files take. libvirt makes them, and removes them at the end.
     pub(super) fn scratch_used(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
@@ -308,7 +280,8 @@ impl Session {
 
     /// Ends libvirt's job; nothing is left to do after it succeeded once.
     pub(super) fn end(&self, shared: &Shared) -> Result<()> {
-        self.fail(Error::new(Kind::NotConnected, "the backup was ended"));
+        self.fate
+            .fail(Error::new(Kind::NotConnected, "the backup was ended"));
         let mut gone = self.gone.lock();
         if *gone {
             return Ok(());
@@ -351,7 +324,7 @@ impl Frozen for LibvirtFrozen {
     }
 
     fn failure(&self) -> Option<Error> {
-        self.session.failure()
+        self.session.fate.failure()
     }
 
     fn scratch_used(&self) -> u64 {
@@ -394,7 +367,7 @@ impl LibvirtDisk {
             return Err(during(Error::new(Kind::Io, what)));
         }
         let pool = Arc::new(nbd::Pool::new(endpoint.clone(), CONNECTIONS, timeout));
-        session.pools.lock().push(Arc::clone(&pool));
+        session.fate.closes(&pool);
         Ok(Self {
             session: Arc::clone(session),
             index,
@@ -406,11 +379,11 @@ impl LibvirtDisk {
 
     /// The reason why the backup is over, if it is; that says more than a connection that broke.
     fn explain(&self, error: Error) -> Error {
-        self.session.failure().unwrap_or(error)
+        self.session.fate.failure().unwrap_or(error)
     }
 
     fn status(&self, context: &str) -> Result<Extents<u32>> {
-        if let Some(why) = self.session.failure() {
+        if let Some(why) = self.session.fate.failure() {
             return Err(why);
         }
         let mut maps = nbd::block_status(&self.endpoint, &[context], self.timeout)
@@ -429,7 +402,7 @@ impl FrozenDisk for LibvirtDisk {
         let read = self.pool.read_at(offset, buf);
         read.map_err(|e| self.explain(error(e)))?;
         // A job that was ended meanwhile may have let newer data through.
-        self.session.failure().map_or(Ok(()), Err)
+        self.session.fate.failure().map_or(Ok(()), Err)
     }
 
     fn allocation(&self) -> Result<Extents<Allocation>> {

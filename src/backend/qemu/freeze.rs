@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::frozen::{QemuDisk, QemuFrozen};
@@ -39,6 +39,7 @@ use super::{Shared, action, quiesce};
 use crate::backend::FrozenDisk;
 use crate::backend::names::{Names, TAIL};
 use crate::backend::scratch::{self, Scratch};
+use crate::backend::watch::Fate;
 use crate::model::{
     BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
 };
@@ -69,16 +70,12 @@ pub(super) struct Session {
     scratch: Mutex<Vec<Scratch>>,
     /// Its begin did not fail.
     begun: AtomicBool,
-    /// It was told that its scratch space gets short.
-    warned: AtomicBool,
     /// It counts among the NBD server's users.
     server: AtomicBool,
-    /// The connections of its readers.
-    pub(super) pools: Mutex<Vec<Arc<nbd::Pool>>>,
     /// The door for NBD clients from outside.
     front: Mutex<Option<nbd::Front>>,
-    /// Why it is over. Set before anything is taken apart.
-    failure: RwLock<Option<Error>>,
+    /// Whether it is over.
+    pub(super) fate: Fate,
     /// Nothing of it is left in QEMU. The lock is held while it is put together or taken apart: what
     /// ends it meanwhile waits, lest it find only half of what there will be.
     gone: Mutex<bool>,
@@ -111,11 +108,9 @@ pub(super) fn freeze(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<QemuFroz
         parts,
         scratch: Mutex::default(),
         begun: AtomicBool::new(false),
-        warned: AtomicBool::new(false),
         server: AtomicBool::new(false),
-        pools: Mutex::default(),
         front: Mutex::default(),
-        failure: RwLock::new(None),
+        fate: Fate::default(),
         gone: Mutex::new(false),
     });
     shared.sessions.lock().push(Arc::clone(&session));
@@ -303,7 +298,7 @@ impl Session {
             disks.push(Box::new(disk));
         }
         // Such as for want of scratch space, by the guard.
-        self.failure().map_or(Ok(disks), Err)
+        self.fate.failure().map_or(Ok(disks), Err)
     }
 
     /// Lets NBD clients from outside have the disks.
@@ -341,28 +336,11 @@ impl Session {
         self.pid == pid
     }
 
-    pub(super) fn failure(&self) -> Option<Error> {
-        self.failure.read().clone()
-    }
-
     /// From now on every read fails with `why`, unless it failed before; whether this made it so.
     pub(super) fn fail(&self, why: Error) -> bool {
-        let first = {
-            let mut failure = self.failure.write();
-            let first = failure.is_none();
-            failure.get_or_insert(why);
-            first
-        };
+        let first = self.fate.fail(why);
         drop(self.front.lock().take());
-        for pool in self.pools.lock().iter() {
-            pool.close();
-        }
         first
-    }
-
-    /// Whether nobody was told yet that scratch space gets short.
-    pub(super) fn warn_once(&self) -> bool {
-        !self.warned.swap(true, Ordering::AcqRel)
     }
 
     pub(super) fn scratch_used(&self) -> u64 {
@@ -373,7 +351,7 @@ impl Session {
     /// would have passed it by already, and cancel the job under a reader of it.
     pub(super) fn unless_over<T>(&self, add: impl FnOnce() -> Result<T>) -> Result<T> {
         let _whole = self.gone.lock();
-        self.failure().map_or_else(add, Err)
+        self.fate.failure().map_or_else(add, Err)
     }
 
     /// Whether there is no room left for what it has still to copy.

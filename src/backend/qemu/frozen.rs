@@ -40,7 +40,7 @@ impl Frozen for QemuFrozen {
     }
 
     fn failure(&self) -> Option<Error> {
-        self.session.failure()
+        self.session.fate.failure()
     }
 
     fn scratch_used(&self) -> u64 {
@@ -88,7 +88,7 @@ impl QemuDisk {
             ));
         }
         let pool = Arc::new(nbd::Pool::new(endpoint, CONNECTIONS, timeout));
-        session.pools.lock().push(Arc::clone(&pool));
+        session.fate.closes(&pool);
         Ok(Self {
             shared: Arc::clone(shared),
             session: Arc::clone(session),
@@ -106,7 +106,7 @@ impl QemuDisk {
 
     /// The reason why the backup is over, if it is; that says more than a connection that broke.
     fn explain(&self, error: Error) -> Error {
-        self.session.failure().unwrap_or(error)
+        self.session.fate.failure().unwrap_or(error)
     }
 
     /// Exports a node while `work` uses it.

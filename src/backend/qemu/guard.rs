@@ -8,13 +8,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Shared;
 use super::freeze::Session;
 use crate::backend::Notice;
 use crate::backend::scratch;
+use crate::backend::watch::Watcher;
 use crate::model::{Error, Kind};
 use crate::qmp;
 
@@ -27,37 +27,9 @@ const IDLE: Duration = Duration::from_millis(500);
 /// How often the remains of a backup that is over are taken apart, where that failed before.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// The running thread; dropping it ends and joins it.
-pub(super) struct Guard {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Guard {
-    pub(super) fn start(shared: &Arc<Shared>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let weak = Arc::downgrade(shared);
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("guard".to_owned())
-            .spawn(move || run(&weak, &stopped));
-        if let Err(e) = &thread {
-            log::error!("cannot start the thread that guards the scratch space: {e}");
-        }
-        Self {
-            stop,
-            thread: thread.ok(),
-        }
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
+pub(super) fn start(shared: &Arc<Shared>) -> Watcher {
+    let weak = Arc::downgrade(shared);
+    Watcher::start(move |stop| run(&weak, stop))
 }
 
 fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
@@ -256,7 +228,7 @@ fn warn(shared: &Shared, sessions: &[Arc<Session>]) {
         };
         let reached = short(own, limit).map(|limit| (own, limit));
         let reached = reached.or_else(|| short(used, left).map(|limit| (used, limit)));
-        if let Some((used, limit)) = reached.filter(|_| session.warn_once()) {
+        if let Some((used, limit)) = reached.filter(|_| session.fate.warn_once()) {
             shared.notify(Notice::ScratchThreshold(session.id, used, limit));
         }
     }
@@ -271,7 +243,7 @@ fn fail(shared: &Shared, session: &Session, why: Error) {
 
 fn running(shared: &Shared) -> Vec<Arc<Session>> {
     let sessions = shared.sessions.lock();
-    let alive = sessions.iter().filter(|s| s.failure().is_none());
+    let alive = sessions.iter().filter(|s| s.fate.failure().is_none());
     alive.cloned().collect()
 }
 

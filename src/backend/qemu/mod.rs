@@ -28,6 +28,7 @@ use self::server::Server;
 use super::rundir::{self, RunDir};
 use super::source::Places;
 use super::storage_daemon::Daemon;
+use super::watch::Watcher;
 use super::{Backend, Frozen, Listener, Notice, Pushing, names, scratch};
 use crate::model::{
     BackupPlan, CheckpointRemoval, Disk, DomainInfo, Error, Kind, NewCheckpoint, PushPlan,
@@ -51,7 +52,7 @@ mod target;
 pub struct Qemu {
     shared: Arc<Shared>,
     info: DomainInfo,
-    guard: Mutex<Option<guard::Guard>>,
+    guard: Mutex<Option<Watcher>>,
     daemon: Mutex<Option<Daemon>>,
 }
 
@@ -124,7 +125,7 @@ impl Qemu {
             traffic: RwLock::new(()),
             listener: OnceLock::new(),
         });
-        let guard = guard::Guard::start(&shared);
+        let guard = guard::start(&shared);
         Self {
             shared,
             info,
@@ -139,7 +140,7 @@ impl Shared {
     /// answer, or whose end did.
     fn settle(&self) -> Result<()> {
         let sessions = self.sessions.lock().clone();
-        let mut over = sessions.iter().filter(|s| s.failure().is_some());
+        let mut over = sessions.iter().filter(|s| s.fate.failure().is_some());
         over.try_for_each(|s| s.end(self))?;
         let pushes = self.pushes.lock().clone();
         pushes.iter().try_for_each(|p| p.settle(self))
