@@ -18,21 +18,7 @@ const MIB: u64 = 1 << 20;
 const NOTHING: [std::path::PathBuf; 0] = [];
 
 fn mount(libvirtd: &Libvirtd, home: Home) -> Fleecefs {
-    mount_with(libvirtd, home, "checkpoint=yes")
-}
-
-fn mount_with(libvirtd: &Libvirtd, home: Home, option: &str) -> Fleecefs {
-    // QEMU is nobody, and has to get through to the socket.
-    let passable = std::fs::Permissions::from_mode(0o711);
-    for name in ["", "runtime", "scratch"] {
-        std::fs::set_permissions(home.path(name), passable.clone()).unwrap();
-    }
-    Fleecefs::source("libvirt:vm")
-        .option(&format!("uri={}", libvirtd.uri()))
-        .option("timeout=20")
-        .option(option)
-        .home(home)
-        .mount()
+    Fleecefs::libvirt(&libvirtd.uri()).home(home).mount()
 }
 
 fn errno(result: std::io::Result<()>) -> i32 {
@@ -352,7 +338,7 @@ fn a_guest_without_an_agent_is_not_quiesced() {
     libvirtd.domain(&[4 * MIB]);
     // A paused guest could not freeze anything either.
     libvirtd.virsh(&["resume", "vm"]);
-    let mount = mount_with(&libvirtd, Home::new(), "quiesce");
+    let mount = Fleecefs::libvirt(&libvirtd.uri()).option("quiesce").mount();
     assert!(mount.mkdir("backups/b").is_err());
     assert!(
         mount.last_error().contains("agent"),

@@ -10,6 +10,7 @@ use crate::model::{
 };
 
 pub mod found;
+mod front;
 #[cfg(feature = "libvirt")]
 mod libvirt;
 mod names;
@@ -20,6 +21,7 @@ mod scratch;
 pub mod sim;
 mod source;
 mod storage_daemon;
+mod target;
 mod watch;
 
 pub use rundir::make_passable;

@@ -26,6 +26,9 @@ const SOCKETS: &str = "nbd";
 /// Names the files that push backups were writing.
 const TARGETS: &str = "push-targets";
 
+/// Names what libvirt's push job writes to.
+const JOB: &str = "push-job";
+
 /// A file that was being written.
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
@@ -155,6 +158,19 @@ impl RunDir {
         }
     }
 
+    /// Notes what a job writes to that libvirt knows by nothing else.
+    pub(crate) fn note_job(&self, targets: &[PathBuf]) {
+        // Without the note a killed fleecefs leaves a job behind, which comes to its end by itself.
+        let noted = serde_json::to_vec(targets).map_err(io::Error::from);
+        if let Err(e) = noted.and_then(|note| fs::write(self.path.join(JOB), note)) {
+            log::warn!("cannot note a job in {}: {e}", self.path.display());
+        }
+    }
+
+    pub(crate) fn forget_job(&self) {
+        let _ = fs::remove_file(self.path.join(JOB));
+    }
+
     fn write_targets(&self, targets: &[Note]) -> io::Result<()> {
         fs::write(self.path.join(TARGETS), serde_json::to_vec(targets)?)
     }
@@ -207,6 +223,12 @@ fn is_dead(path: &Path) -> bool {
 /// The process id in a note such as `nbd-server`.
 pub(crate) fn noted_pid(dir: &Path, name: &str) -> Option<i32> {
     fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
+}
+
+/// What a dead process' job in libvirt writes to.
+pub(crate) fn noted_job(dir: &Path) -> Vec<PathBuf> {
+    let note = fs::read(dir.join(JOB)).unwrap_or_default();
+    serde_json::from_slice(&note).unwrap_or_default()
 }
 
 /// Removes what a dead process' push backups had written so far, lest it be taken for a backup. A file

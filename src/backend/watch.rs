@@ -1,5 +1,6 @@
 //! What both live backends need to look after a running backup: a thread that does so until it is
-//! told to stop, and the one answer to "is it over, and why?" that closes what its readers read from.
+//! told to stop, and the one answer to "is it over, and why?": that of a pull backup, which closes what
+//! its readers read from, and that of a push backup.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +8,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::model::Error;
+use crate::model::{Error, JobState};
 use crate::nbd;
 
 /// A running thread; dropping it ends and joins it.
@@ -89,13 +90,57 @@ impl Fate {
     }
 }
 
+/// How a push backup stands; once it is over, that stays.
+pub(super) struct Course(Mutex<JobState>);
+
+impl Default for Course {
+    fn default() -> Self {
+        Self(Mutex::new(JobState::Running))
+    }
+}
+
+impl Course {
+    pub(super) fn state(&self) -> JobState {
+        self.0.lock().clone()
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        is_running(&self.0.lock())
+    }
+
+    /// Told to wait, or to go on; nothing if it is over.
+    pub(super) fn pause(&self, pause: bool) {
+        let mut state = self.0.lock();
+        if is_running(&state) {
+            *state = match pause {
+                true => JobState::Paused,
+                false => JobState::Running,
+            };
+        }
+    }
+
+    /// Over from now on, unless it was before; whether this made it so.
+    pub(super) fn over(&self, how: JobState) -> bool {
+        let mut state = self.0.lock();
+        let running = is_running(&state);
+        if running {
+            *state = how;
+        }
+        running
+    }
+}
+
+fn is_running(state: &JobState) -> bool {
+    matches!(state, JobState::Running | JobState::Paused)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::model::Kind;
+    use crate::model::{Kind, Outcome};
 
     fn pool() -> Arc<nbd::Pool> {
         let endpoint = nbd::Endpoint {
@@ -122,6 +167,19 @@ mod tests {
         assert!(is_closed(&early));
         fate.closes(&late);
         assert!(is_closed(&late));
+    }
+
+    #[test]
+    fn what_is_over_stays_as_it_is() {
+        let course = Course::default();
+        course.pause(true);
+        assert!(course.is_running() && course.state().word() == "paused");
+        course.pause(false);
+        assert!(course.over(JobState::Ended(Outcome::Aborted)));
+        assert!(!course.over(JobState::Ended(Outcome::Completed)));
+        course.pause(true);
+        assert!(!course.is_running());
+        assert_eq!(course.state().word(), "aborted");
     }
 
     #[test]

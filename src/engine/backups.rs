@@ -214,17 +214,19 @@ impl Domain {
                 let links = chain.links[from..].iter();
                 links.map(|l| l.1.clone()).collect()
             });
-            own_disks.push(PushDisk {
-                disk: disk.target.clone(),
-                size: disk.size,
-                target: wanted.target.clone(),
-                base: base.filter(|_| from.is_some()).map(|b| b.name),
-                note: disk.no_checkpoint.clone(),
-            });
+            let base = base.filter(|_| from.is_some()).map(|b| b.name);
             plan.disks.push(CopyDisk {
                 disk: disk.target.clone(),
                 target: wanted.target.clone(),
                 changed,
+                base: base.clone(),
+            });
+            own_disks.push(PushDisk {
+                disk: disk.target.clone(),
+                size: disk.size,
+                target: wanted.target.clone(),
+                base,
+                note: disk.no_checkpoint.clone(),
             });
         }
         let made = new.is_some();

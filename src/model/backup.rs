@@ -67,4 +67,6 @@ pub struct CopyDisk {
     pub target: Target,
     /// The bitmaps whose union says what changed, oldest first; `None`: copy everything.
     pub changed: Option<Vec<String>>,
+    /// The checkpoint since which that is: what a backend goes by that merges bitmaps itself.
+    pub base: Option<Name>,
 }

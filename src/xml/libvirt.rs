@@ -12,6 +12,8 @@ pub struct LiveDomain {
     pub disks: Vec<LiveDisk>,
     /// The user and group as whom QEMU runs, where libvirt says.
     pub owner: Option<(u32, u32)>,
+    /// libvirt does not give files to them: whoever makes one does.
+    pub keeps_owners: bool,
 }
 
 /// A disk of a [`LiveDomain`].
@@ -35,10 +37,14 @@ impl LiveDomain {
         let devices = root.children.iter().filter(|c| c.name == "devices");
         let disks = devices.flat_map(|d| &d.children).filter_map(disk);
         let labels = root.children.iter().filter(|c| c.name == "seclabel");
-        let dac = labels.filter(|l| attribute(l, "model") == Some("dac"));
+        let dac: Vec<_> = labels
+            .filter(|l| attribute(l, "model") == Some("dac"))
+            .collect();
+        let mut owners = dac.iter().filter_map(|l| child(l, "label"));
         Ok(Self {
             disks: disks.collect(),
-            owner: dac.filter_map(|l| child(l, "label")).find_map(owner),
+            owner: owners.find_map(owner),
+            keeps_owners: dac.iter().any(|l| attribute(l, "relabel") == Some("no")),
         })
     }
 }
@@ -50,6 +56,8 @@ pub struct LiveBackup {
     pub mode: Mode,
     /// The UNIX socket on which a pull backup is served, if that is what it is served on.
     pub socket: Option<String>,
+    /// What a push backup is written to, in the order of the document.
+    pub targets: Vec<String>,
 }
 
 impl LiveBackup {
@@ -58,6 +66,9 @@ impl LiveBackup {
         let source = tree::source(bytes)?;
         let root = tree::parse(&source)?;
         let server = child(&root, "server");
+        let disks = child(&root, "disks").map_or(&[][..], |d| &d.children);
+        let targets = disks.iter().filter_map(|disk| child(disk, "target"));
+        let path = |t| attribute(t, "file").or_else(|| attribute(t, "dev"));
         Ok(Self {
             mode: match attribute(&root, "mode") {
                 Some("pull") => Mode::Pull,
@@ -66,6 +77,7 @@ impl LiveBackup {
             socket: server
                 .and_then(|s| attribute(s, "socket"))
                 .map(str::to_owned),
+            targets: targets.filter_map(path).map(str::to_owned).collect(),
         })
     }
 }
@@ -121,7 +133,8 @@ mod tests {
               <disk type='file'><target dev='vdx'/></disk>
               </devices>
               <seclabel type='dynamic' model='apparmor'><label>libvirt-x</label></seclabel>
-              <seclabel type='dynamic' model='dac'><label>+64055:+108</label></seclabel></domain>",
+              <seclabel type='dynamic' model='dac' relabel='no'><label>+64055:+108</label>
+              </seclabel></domain>",
         )
         .unwrap();
         let disk = |target: &str, format: &str, file: &str, shareable| LiveDisk {
@@ -138,6 +151,7 @@ mod tests {
             ]
         );
         assert_eq!(domain.owner, Some((64055, 108)));
+        assert!(domain.keeps_owners);
     }
 
     #[test]
@@ -149,7 +163,13 @@ mod tests {
         .unwrap();
         assert_eq!(backup.mode, Mode::Pull);
         assert_eq!(backup.socket.as_deref(), Some("/s"));
-        let push = LiveBackup::read(b"<domainbackup/>").unwrap();
+        let push = LiveBackup::read(
+            b"<domainbackup><disks><disk name='vda' backup='yes' type='file'><driver type='raw'/>
+              <target file='/t/a'/></disk><disk name='vdb' backup='no'/><disk name='vdc'
+              type='block'><target dev='/dev/x'/></disk></disks></domainbackup>",
+        )
+        .unwrap();
         assert_eq!((push.mode, push.socket), (Mode::Push, None));
+        assert_eq!(push.targets, ["/t/a", "/dev/x"]);
     }
 }

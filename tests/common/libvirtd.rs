@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use super::model::Write;
 use super::tools::{DEADLINE, eventually, find, is_root, skip, temp_dir, text};
 use super::{image, process};
@@ -42,6 +44,11 @@ pub struct Libvirtd {
 
 /// The daemon, unless the test has to be skipped.
 pub fn libvirtd() -> Option<Libvirtd> {
+    libvirtd_after(|_| ())
+}
+
+/// The same; `prepare` does what the daemon is to find in its directory, such as a mount.
+pub fn libvirtd_after(prepare: impl FnOnce(&Path)) -> Option<Libvirtd> {
     for tool in ["libvirtd", "virsh", "unshare", "qemu-system-x86_64"] {
         super::tool(tool)?;
     }
@@ -65,6 +72,7 @@ pub fn libvirtd() -> Option<Libvirtd> {
          stdio_handler = \"file\"\ncgroup_controllers = []\nnamespaces = []\n",
     )
     .unwrap();
+    prepare(dir.path());
     let child = start(dir.path());
     let daemon = Libvirtd { child, dir };
     daemon.answers();
@@ -181,6 +189,45 @@ impl Libvirtd {
         let line = format!("qemu-io -d {device} \"write {how} {offset} {length}\"");
         let said = self.virsh(&["qemu-monitor-command", "vm", "--hmp", &line]);
         assert_eq!(said, "", "{target}: {write:?}");
+    }
+
+    /// Asks the domain's QEMU.
+    pub fn qmp(&self, execute: &str, arguments: Value) -> Value {
+        let command = json!({"execute": execute, "arguments": arguments}).to_string();
+        let answer = self.virsh(&["qemu-monitor-command", "vm", &command]);
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        assert!(answer.get("error").is_none(), "{command}: {answer}");
+        answer["return"].clone()
+    }
+
+    /// Lets a disk be read at 32 MiB a second, so that what copies it is still at it when a test looks.
+    /// The guest's writes are not held up.
+    pub fn slow(&self, target: &str) {
+        let nodes = self.qmp("query-named-block-nodes", json!({"flat": true}));
+        let image = self.image(target);
+        let named = |driver: &str| {
+            let is = |n: &&Value| n["drv"] == driver && n["file"] == text(&image);
+            nodes.as_array().unwrap().iter().find(is).unwrap()["node-name"].clone()
+        };
+        let group = json!({"qom-type": "throttle-group", "id": "slow", "x-bps-read": 32 << 20});
+        self.qmp("object-add", group);
+        let filter = json!({
+            "driver": "throttle", "node-name": "slow", "throttle-group": "slow", "file": named("file"),
+        });
+        self.qmp("blockdev-add", filter);
+        // As libvirt opened it, but for the file.
+        let disk = json!({
+            "driver": "qcow2", "node-name": named("qcow2"), "file": "slow", "backing": null,
+            "read-only": false,
+        });
+        self.qmp("blockdev-reopen", json!({"options": [disk]}));
+    }
+
+    /// Takes that back.
+    pub fn fast_again(&self) {
+        let limits = json!({"bps-read": 0});
+        let what = json!({"path": "/objects/slow", "property": "limits", "value": limits});
+        self.qmp("qom-set", what);
     }
 
     /// The process id of the domain's QEMU.

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -101,6 +102,8 @@ pub struct Builder {
     daemon: bool,
     home: Option<Home>,
     env: Vec<(String, String)>,
+    /// Other users are let through to the directories.
+    passable: bool,
 }
 
 /// Why it did not mount.
@@ -155,6 +158,13 @@ impl Builder {
     /// Mounts and waits until it is usable. Of a refusal the directories come back too.
     pub fn try_mount(self) -> Result<Fleecefs, (Refused, Home)> {
         let home = self.home.unwrap_or_default();
+        if self.passable {
+            // QEMU is another user, and has to get through to its sockets and files.
+            let passable = std::fs::Permissions::from_mode(0o711);
+            for name in ["", "runtime", "scratch"] {
+                std::fs::set_permissions(home.path(name), passable.clone()).unwrap();
+            }
+        }
         let stderr = home.path("stderr");
         let mut command = Command::new(FLEECEFS);
         command.arg("mount");
@@ -227,12 +237,22 @@ impl Fleecefs {
             daemon: false,
             home: None,
             env: Vec::new(),
+            passable: false,
         }
     }
 
     /// A running QEMU, by its monitor's socket.
     pub fn qmp(socket: &Path) -> Builder {
         Self::source(&format!("qmp:{}", text(socket)))
+    }
+
+    /// The domain `vm` of a libvirtd of the test's own.
+    pub fn libvirt(uri: &str) -> Builder {
+        let mut builder = Self::source("libvirt:vm")
+            .option(&format!("uri={uri}"))
+            .option("timeout=20");
+        builder.passable = true;
+        builder
     }
 
     /// A file or directory in the mount.

@@ -10,6 +10,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::ptr;
+use std::time::Duration;
 
 use virt_sys as sys;
 
@@ -247,12 +248,18 @@ impl Domain {
         Checkpoint::of(unsafe { sys::virDomainCheckpointCreateXML(self.0, xml.as_ptr(), flags) })
     }
 
-    pub(super) fn begin_backup(&self, xml: &str, checkpoint: Option<&str>) -> Result<()> {
+    pub(super) fn begin_backup(
+        &self,
+        xml: &str,
+        checkpoint: Option<&str>,
+        flags: c_uint,
+    ) -> Result<()> {
         let xml = c(xml)?;
         let checkpoint = checkpoint.map(c).transpose()?;
         let checkpoint = checkpoint.as_ref().map_or(ptr::null(), |c| c.as_ptr());
         // SAFETY: strings that outlive the call; null stands for no checkpoint.
-        count(unsafe { sys::virDomainBackupBegin(self.0, xml.as_ptr(), checkpoint, 0) }).map(drop)
+        count(unsafe { sys::virDomainBackupBegin(self.0, xml.as_ptr(), checkpoint, flags) })
+            .map(drop)
     }
 
     pub(super) fn backup_xml(&self) -> Result<String> {
@@ -267,27 +274,66 @@ impl Domain {
 
     /// `VIR_DOMAIN_JOB_OPERATION_*` of the job that holds the domain, if one does.
     pub(super) fn job(&self) -> Result<Option<c_int>> {
-        let (mut kind, mut length, mut operation) = (0, 0, 0);
+        let job = self.job_stats(0)?;
+        Ok((job.kind != sys::VIR_DOMAIN_JOB_NONE as c_int).then_some(job.operation))
+    }
+
+    /// What became of the job that ended last, if libvirt still knows.
+    pub(super) fn last_job(&self) -> Result<Option<JobResult>> {
+        let flags = sys::VIR_DOMAIN_JOB_STATS_COMPLETED | sys::VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED;
+        let job = self.job_stats(flags)?;
+        Ok((job.kind != sys::VIR_DOMAIN_JOB_NONE as c_int).then_some(job))
+    }
+
+    fn job_stats(&self, flags: c_uint) -> Result<JobResult> {
+        let (mut kind, mut length) = (0, 0);
+        let (mut operation, mut elapsed) = (0, 0);
+        let mut words = ptr::null();
         let mut params = ptr::null_mut();
-        // SAFETY: places for the answers; libvirt allocates the list, which is freed once. A
-        // parameter that is not there leaves `operation` as it is.
-        unsafe {
+        // SAFETY: places for the answers; libvirt allocates the list, which is freed once, after the
+        // string in it was copied. A parameter that is not there leaves its place as it is.
+        let message = unsafe {
             count(sys::virDomainGetJobStats(
                 self.0,
                 &raw mut kind,
                 &raw mut params,
                 &raw mut length,
-                0,
+                flags,
             ))?;
-            sys::virTypedParamsGetInt(
-                params,
-                length,
-                sys::VIR_DOMAIN_JOB_OPERATION.as_ptr(),
-                &raw mut operation,
-            );
+            let name = sys::VIR_DOMAIN_JOB_OPERATION.as_ptr();
+            sys::virTypedParamsGetInt(params, length, name, &raw mut operation);
+            let name = sys::VIR_DOMAIN_JOB_TIME_ELAPSED.as_ptr();
+            sys::virTypedParamsGetULLong(params, length, name, &raw mut elapsed);
+            let name = sys::VIR_DOMAIN_JOB_ERRMSG.as_ptr();
+            sys::virTypedParamsGetString(params, length, name, &raw mut words);
+            let message = words
+                .as_ref()
+                .map(|words| CStr::from_ptr(words).to_string_lossy().into_owned());
             sys::virTypedParamsFree(params, length);
-        }
-        Ok((kind != 0).then_some(operation))
+            message
+        };
+        Ok(JobResult {
+            kind,
+            operation,
+            elapsed: Duration::from_millis(elapsed),
+            message,
+        })
+    }
+
+    /// How far the block job of a disk is: bytes done, and bytes there are to do. None if it has none.
+    pub(super) fn block_job(&self, disk: &str) -> Result<Option<(u64, u64)>> {
+        let disk = c(disk)?;
+        let mut info = sys::_virDomainBlockJobInfo {
+            type_: 0,
+            bandwidth: 0,
+            cur: 0,
+            end: 0,
+        };
+        // SAFETY: the string outlives the call; a place for the answer.
+        let found = count(unsafe {
+            sys::virDomainGetBlockJobInfo(self.0, disk.as_ptr(), &raw mut info, 0)
+        });
+        Ok((found? == 1).then_some((info.cur, info.end)))
     }
 
     /// Has the guest's agent freeze its file systems.
@@ -307,6 +353,19 @@ impl Drop for Domain {
         // SAFETY: ours, and freed once.
         unsafe { sys::virDomainFree(self.0) };
     }
+}
+
+/// How a job stands, or came out.
+#[derive(Debug, Clone)]
+pub(super) struct JobResult {
+    /// `VIR_DOMAIN_JOB_*`.
+    pub(super) kind: c_int,
+    /// `VIR_DOMAIN_JOB_OPERATION_*`.
+    pub(super) operation: c_int,
+    /// How long it took.
+    pub(super) elapsed: Duration,
+    /// Why it failed.
+    pub(super) message: Option<String>,
 }
 
 /// A checkpoint of a domain.

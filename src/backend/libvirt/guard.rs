@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use virt_sys as sys;
 
-use super::session::{Session, is_ours};
+use super::job::{self, Running};
 use super::{Shared, look};
-use crate::backend::Notice;
 use crate::backend::watch::Watcher;
 use crate::model::{Error, Kind};
 
@@ -36,9 +35,9 @@ fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
             return;
         };
         let began = Instant::now();
-        let session = shared.session.lock().clone();
-        watch(&shared, session.as_deref());
-        let wait = match session {
+        let running = shared.running();
+        watch(&shared, running.as_ref());
+        let wait = match running {
             Some(_) => LOOK,
             None => IDLE,
         };
@@ -51,8 +50,7 @@ fn run(shared: &Weak<Shared>, stop: &AtomicBool) {
 
 /// What one look tells.
 struct Seen {
-    state: i32,
-    reason: i32,
+    state: State,
     id: Option<u32>,
     /// Our job is there.
     ours: bool,
@@ -61,19 +59,35 @@ struct Seen {
     checkpoints: Option<Vec<String>>,
 }
 
-fn watch(shared: &Shared, session: Option<&Session>) {
-    let socket = session.map(|s| s.socket().to_owned());
+/// How a domain is, in libvirt's numbers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct State {
+    state: sys::virDomainState,
+    reason: u32,
+}
+
+impl State {
+    /// A write of the guest failed, and QEMU waits to make it again.
+    pub(super) fn is_stopped_by_an_error(self) -> bool {
+        self.state == sys::VIR_DOMAIN_PAUSED && self.reason == sys::VIR_DOMAIN_PAUSED_IOERROR
+    }
+}
+
+fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
+    let mark = running.map(|r| r.mark());
     let seen = shared.link.call("look after the domain", move |domain| {
-        let wanted = socket.is_some();
-        let ours = socket.map_or(Ok(false), |socket| is_ours(domain, &socket))?;
+        let wanted = mark.is_some();
+        let ours = mark.map_or(Ok(false), |mark| job::is_ours(domain, &mark))?;
         if wanted && !ours {
             // A domain that ends takes the job along, a moment before it says so.
             std::thread::sleep(SETTLE);
         }
         let (state, reason) = domain.state()?;
         Ok(Seen {
-            state,
-            reason,
+            state: State {
+                state: state as sys::virDomainState,
+                reason: reason as u32,
+            },
             id: domain.id(),
             ours,
             checkpoints: domain
@@ -85,17 +99,19 @@ fn watch(shared: &Shared, session: Option<&Session>) {
     let seen = match seen {
         Ok(seen) => seen,
         Err(e) => {
-            if shared.link.is_undefined()
-                && let Some(session) = session
-            {
-                fail(shared, session, gone("the domain is undefined"));
+            match running {
+                Some(running) if shared.link.is_undefined() => {
+                    running.fail(shared, gone("the domain is undefined"));
+                }
+                // libvirt does not answer: the backup, which is in QEMU, is none the worse.
+                Some(running) => running.unseen(),
+                None => {}
             }
-            // Otherwise libvirt does not answer: the backup, which is in QEMU, is none the worse.
             shared.set_down(Some(e));
             return;
         }
     };
-    let down = down(&seen);
+    let down = down(&seen.state);
     shared.set_down(down.clone());
     let listed = seen.checkpoints.as_ref();
     if listed.is_some_and(|names| shared.knows_other_checkpoints(names))
@@ -103,33 +119,29 @@ fn watch(shared: &Shared, session: Option<&Session>) {
     {
         shared.note_checkpoints(&look.checkpoints);
     }
-    let Some(session) = session else { return };
+    let Some(running) = running else { return };
     match down {
-        Some(why) => fail(shared, session, why),
-        None if !session.is_of(seen.id) => {
-            fail(shared, session, gone("the domain was restarted"));
-        }
-        None if !seen.ours && session.fate.failure().is_none() => {
-            let why = "libvirt's job is gone: it was aborted by someone else (virsh domjobabort), or \
-                       failed";
-            fail(shared, session, gone(why));
+        Some(why) => running.fail(shared, why),
+        None if running.domain() != seen.id => {
+            running.fail(shared, gone("the domain was restarted"));
         }
         None => {}
     }
-    if session.fate.failure().is_some() {
+    if running.is_over() {
         // Also what could not be ended before.
-        if let Err(e) = session.end(shared) {
+        if let Err(e) = running.end(shared) {
             log::debug!("ending a backup that is over: {e}");
         }
-        return;
+    } else if seen.ours {
+        running.watch(shared, seen.state);
+    } else {
+        Arc::clone(running).vanished(shared);
     }
-    watch_space(shared, session, &seen);
 }
 
 /// Why the domain cannot be asked for anything, if it cannot.
-fn down(seen: &Seen) -> Option<Error> {
-    let state = seen.state as sys::virDomainState;
-    let reason = seen.reason as sys::virDomainShutoffReason;
+fn down(state: &State) -> Option<Error> {
+    let State { state, reason } = *state;
     let why = match (state, reason) {
         (sys::VIR_DOMAIN_CRASHED, _) | (_, sys::VIR_DOMAIN_SHUTOFF_CRASHED)
             if state == sys::VIR_DOMAIN_CRASHED || state == sys::VIR_DOMAIN_SHUTOFF =>
@@ -146,61 +158,7 @@ fn down(seen: &Seen) -> Option<Error> {
     Some(gone(why))
 }
 
-fn gone(why: &str) -> Error {
+pub(super) fn gone(why: &str) -> Error {
     Error::new(Kind::NotConnected, why)
         .hint("rmdir the backup; begin another when the domain runs again")
-}
-
-/// Ends the backup before the guest has to pay for it. Scratch space that is full stops the guest;
-/// once the backup is ended, its write is made again.
-fn watch_space(shared: &Shared, session: &Session, seen: &Seen) {
-    let used = session.scratch_used();
-    let limit = shared.places.scratch_limit;
-    let room = session.room();
-    let most = match (limit, room.map(|room| room.saturating_add(used))) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    };
-    if let Some(most) = most.filter(|m| used.saturating_mul(4) >= m.saturating_mul(3))
-        && used > 0
-        && session.fate.warn_once()
-    {
-        shared.notify(Notice::ScratchThreshold(session.id, used, most));
-    }
-    let stopped = seen.state as sys::virDomainState == sys::VIR_DOMAIN_PAUSED
-        && seen.reason as sys::virDomainPausedReason == sys::VIR_DOMAIN_PAUSED_IOERROR;
-    let (why, hint) = if let Some(limit) = limit.filter(|limit| used > *limit) {
-        (
-            format!("the backup took {used} bytes of scratch space, {limit} allowed"),
-            "raise -o scratch-limit=",
-        )
-    } else if room == Some(0) || stopped {
-        let why = match stopped {
-            true => "a write of the guest failed, as when the scratch space is full",
-            false => "the scratch directory is nearly full",
-        };
-        (
-            why.to_owned(),
-            "use a larger -o scratch=DIR, or read faster",
-        )
-    } else {
-        return;
-    };
-    let why = format!("{why}; the backup was ended so that the guest can go on");
-    log::error!("{why} ({hint})");
-    fail(shared, session, Error::new(Kind::NoSpace, why).hint(hint));
-    if let Err(e) = session.end(shared) {
-        log::error!("ending it: {e}");
-        return;
-    }
-    if stopped && let Err(e) = shared.link.call("resume the domain", |d| d.resume()) {
-        log::error!("the guest is stopped and cannot be made to go on: {e}");
-    }
-}
-
-/// From now on reads of the backup fail, and whoever listens is told.
-fn fail(shared: &Shared, session: &Session, why: Error) {
-    if session.fate.fail(why.clone()) {
-        shared.notify(Notice::Over(session.id, Err(why)));
-    }
 }

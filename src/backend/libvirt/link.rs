@@ -22,6 +22,8 @@ use crate::model::{Error, Kind, Result};
 pub(super) struct Link {
     shared: Arc<Shared>,
     timeout: Duration,
+    /// What to look at when nothing is answered.
+    hint: &'static str,
 }
 
 struct Shared {
@@ -59,6 +61,21 @@ impl Link {
                 overdue: AtomicUsize::new(0),
             }),
             timeout,
+            hint: "is libvirtd well, and the domain? virsh domjobinfo shows who holds it",
+        }
+    }
+
+    /// One for calls that wait for somebody else, over a connection of its own: while one of those
+    /// hangs, only others of its kind are refused.
+    pub(super) fn aside(&self, timeout: Duration, hint: &'static str) -> Self {
+        let id = match &self.shared.id {
+            Id::Name(name) => Id::Name(name.clone()),
+            Id::Uuid(uuid) => Id::Uuid(uuid.clone()),
+        };
+        let timeout = timeout.min(self.timeout);
+        Self {
+            hint,
+            ..Self::new(&self.shared.uri, id, timeout)
         }
     }
 
@@ -95,7 +112,7 @@ impl Link {
                     self.timeout.as_secs()
                 ),
             )
-            .hint("is libvirtd well, and the domain? virsh domjobinfo shows who holds it")
+            .hint(self.hint)
         };
         if self.shared.overdue.load(Ordering::Acquire) > 0 {
             return Err(late());

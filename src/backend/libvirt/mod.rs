@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   Libvirt ── Shared ──┬── Link      calls with deadlines; connects again after a restart
-//!                       ├── Session   the one backup that libvirt lets a domain have (session.rs)
+//!                       ├── Running   the one backup that libvirt lets a domain have (job.rs):
+//!                       │             a Session that is read, or a PushSession that is written
 //!                       ├── RunDir    the socket that it is read from
 //!                       └── Seen      checkpoints as last seen; libvirt's record is the one that counts
 //!   guard.rs: a thread that notices what others do to the domain
@@ -18,22 +19,26 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use virt_sys as sys;
 
+use self::job::{Mark, Running};
 use self::link::Link;
-use self::session::Session;
 use super::rundir::{self, RunDir};
 use super::source::Places;
 use super::watch::Watcher;
 use super::{Backend, Frozen, Listener, Notice, Pushing, scratch};
 use crate::model::{
-    BackupPlan, Checkpoint, CheckpointRemoval, Disk, DomainInfo, Error, Kind, Mode, Name,
+    BackupPlan, Checkpoint, CheckpointRemoval, Disk, DomainInfo, Error, JobId, Kind, Mode, Name,
     NewCheckpoint, PushPlan, RenameBitmap, Result,
 };
-use crate::xml::{CheckpointDocument, CheckpointDocumentDisk, DocumentBitmap};
+use crate::xml::{CheckpointDocument, CheckpointDocumentDisk, DocumentBitmap, LiveBackup};
 
 mod ffi;
 mod guard;
+mod job;
 mod link;
 mod look;
+mod push;
+mod qemu_img;
+mod quiesce;
 mod session;
 mod stopped;
 
@@ -49,10 +54,14 @@ struct Libvirt {
 
 struct Shared {
     link: Link,
+    /// The way to the guest's agent, which may hang.
+    agent: Link,
     places: Places,
     rundir: RunDir,
+    /// Who is to own the files that QEMU writes, where libvirt does not see to that.
+    files_owner: Option<(u32, u32)>,
     /// The backup that has something in libvirt.
-    session: Mutex<Option<Arc<Session>>>,
+    running: Mutex<Option<Arc<dyn Running>>>,
     /// The disks as last seen; the engine looks before every change.
     disks: Mutex<Vec<Disk>>,
     seen: Mutex<Seen>,
@@ -98,10 +107,12 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
         rundir.give_to(uid, gid)?;
     }
     let shared = Arc::new(Shared {
+        agent: link.aside(quiesce::FREEZE, quiesce::HINT),
         link,
+        files_owner: look.domain.owner.filter(|_| look.domain.keeps_owners),
         places: places.clone(),
         rundir,
-        session: Mutex::default(),
+        running: Mutex::default(),
         disks: Mutex::new(look.disks),
         seen: Mutex::default(),
         down: Mutex::default(),
@@ -151,6 +162,20 @@ impl Shared {
         }
     }
 
+    fn running(&self) -> Option<Arc<dyn Running>> {
+        self.running.lock().clone()
+    }
+
+    /// This backup has something in libvirt.
+    fn put(&self, running: Arc<dyn Running>) {
+        *self.running.lock() = Some(running);
+    }
+
+    /// The backup of this number has nothing there any more.
+    fn take(&self, id: JobId) {
+        self.running.lock().take_if(|r| r.id() == id);
+    }
+
     fn set_down(&self, why: Option<Error>) {
         let mut down = self.down.lock();
         let told = |e: &Option<Error>| e.as_ref().map(|e| e.message().to_owned());
@@ -192,18 +217,18 @@ impl Shared {
 
     /// EBUSY if a job holds the domain: libvirt would let us wait for 30 s, and then say no.
     fn is_free(&self) -> Result<()> {
-        if let Some(session) = self.session.lock().clone() {
-            if session.fate.failure().is_none() {
+        if let Some(running) = self.running() {
+            if !running.is_over() {
                 return Err(Error::new(
                     Kind::Busy,
                     "libvirt lets a domain have one backup at a time, and one runs",
                 )
-                .hint("end that one first: rmdir"));
+                .hint("end that one first: rmdir; or wait until a push backup is written"));
             }
-            session.end(self)?;
+            running.end(self)?;
         }
         let holder = self.link.call("look for other jobs", |domain| {
-            Ok(match session::running(domain)? {
+            Ok(match job::running(domain)? {
                 Some(backup) => Some(match backup.mode {
                     Mode::Pull => "a pull backup",
                     Mode::Push => "a push backup",
@@ -263,13 +288,6 @@ fn kind_of_job(operation: i32) -> &'static str {
 
 /// What libvirt leaves no choice about.
 fn choices(new: &NewCheckpoint) -> Result<()> {
-    if new.quiesce {
-        return Err(Error::new(
-            Kind::Unsupported,
-            "libvirt's QEMU driver does not quiesce for a checkpoint alone",
-        )
-        .hint("with -o quiesce, a backup is quiesced, and its checkpoint with it"));
-    }
     for bitmap in &new.bitmaps {
         if bitmap.granularity.is_some() {
             return Err(Error::new(
@@ -301,6 +319,24 @@ fn forget(link: &Link, name: &Name) -> Result<()> {
     })
 }
 
+/// What a backup is known by that a killed fleecefs began, with this runtime directory.
+fn left_behind(backup: &LiveBackup, runtime: &Path) -> Option<Mark> {
+    let served = || {
+        let socket = Path::new(backup.socket.as_deref()?);
+        // See `RunDir::socket`.
+        let dir = socket.parent()?.parent()?;
+        let id = dir.file_name()?.to_str()?;
+        let dead = dir.parent()? == runtime && rundir::is_dead_id(runtime, id);
+        dead.then(|| Mark::Socket(socket.to_owned()))
+    };
+    let written = || {
+        let dead = rundir::dead(runtime).into_iter();
+        let noted = dead.map(|dir| Mark::Targets(rundir::noted_job(&dir)));
+        noted.into_iter().find(|mark| mark.is_on(backup))
+    };
+    served().or_else(written)
+}
+
 fn no_rename() -> Error {
     Error::new(
         Kind::Unsupported,
@@ -320,19 +356,12 @@ impl Backend for Libvirt {
 
     fn tidy(&self) -> Result<()> {
         let places = &self.shared.places;
-        let left = self.shared.link.call("look for what is left", |domain| {
-            Ok(session::running(domain)?.and_then(|backup| backup.socket))
-        })?;
-        let ours = |socket: &Path| {
-            // See `RunDir::socket`.
-            let dir = socket.parent()?.parent()?;
-            let id = dir.file_name()?.to_str()?;
-            (dir.parent()? == places.runtime && rundir::is_dead_id(&places.runtime, id))
-                .then_some(())
-        };
-        if let Some(socket) = left.filter(|socket| ours(Path::new(socket)).is_some()) {
-            log::warn!("ending a backup left by a killed fleecefs, on {socket}");
-            session::end_on(&self.shared.link, socket.into())?;
+        let link = &self.shared.link;
+        if let Some(backup) = link.call("look for what is left", job::running)?
+            && let Some(mark) = left_behind(&backup, &places.runtime)
+        {
+            log::warn!("ending a backup that a killed fleecefs left: {mark:?}");
+            job::end(link, mark)?;
         }
         scratch::sweep(&places.scratch, &places.runtime);
         for dir in rundir::dead(&places.runtime) {
@@ -366,17 +395,26 @@ impl Backend for Libvirt {
 
     fn create_checkpoint(&self, new: &NewCheckpoint) -> Result<()> {
         choices(new)?;
-        let xml = self.shared.checkpoint_xml(new);
-        self.shared.link.call_or_undo(
-            "create a checkpoint",
-            move |domain| domain.create_checkpoint(&xml, 0),
-            |_, checkpoint| {
-                if let Err(fault) = checkpoint.delete(0) {
-                    log::error!("undoing a late checkpoint: {}", fault.message);
-                }
-            },
-        )?;
-        Ok(())
+        let shared = &self.shared;
+        let xml = shared.checkpoint_xml(new);
+        let create = || {
+            shared.link.call_or_undo(
+                "create a checkpoint",
+                move |domain| domain.create_checkpoint(&xml, 0),
+                |_, checkpoint| {
+                    if let Err(fault) = checkpoint.delete(0) {
+                        log::error!("undoing a late checkpoint: {}", fault.message);
+                    }
+                },
+            )
+        };
+        // libvirt's own flag for it is refused by its QEMU driver.
+        let undo = |_| {
+            if let Err(e) = job::undo_checkpoint(&shared.link, new) {
+                log::error!("undoing a checkpoint: {e}");
+            }
+        };
+        quiesce::frozen(shared, new.quiesce, create, undo).map(drop)
     }
 
     fn delete_checkpoint(&self, removal: &CheckpointRemoval) -> Result<()> {
@@ -432,12 +470,11 @@ impl Backend for Libvirt {
         Ok(Box::new(session::begin(&self.shared, plan)?))
     }
 
-    fn push(&self, _: &PushPlan) -> Result<Box<dyn Pushing>> {
-        Err(Error::new(
-            Kind::Unsupported,
-            "fleecefs does not begin push backups of libvirt domains",
-        )
-        .hint("virsh backup-begin does; or copy the files of a pull backup"))
+    fn push(&self, plan: &PushPlan) -> Result<Box<dyn Pushing>> {
+        if let Some(new) = &plan.checkpoint {
+            choices(new)?;
+        }
+        Ok(Box::new(push::push(&self.shared, plan)?))
     }
 
     fn listen(&self, listener: Listener) {
@@ -447,8 +484,8 @@ impl Backend for Libvirt {
 
     fn close(&self) -> Result<()> {
         drop(self.guard.lock().take());
-        let left = self.shared.session.lock().clone();
-        let ended = left.map_or(Ok(()), |session| session.end(&self.shared));
+        let left = self.shared.running();
+        let ended = left.map_or(Ok(()), |running| running.end(&self.shared));
         self.shared.rundir.remove();
         ended
     }

@@ -8,41 +8,39 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
-use virt_sys as sys;
 
-use super::Shared;
-use super::ffi::{self, Domain};
-use super::link::Link;
+use super::guard::State;
+use super::job::{self, Mark, Running};
+use super::{Shared, guard};
 use crate::backend::names::Names;
 use crate::backend::over_nbd::{CONNECTIONS, allocation, error, surely};
 use crate::backend::watch::Fate;
-use crate::backend::{Frozen, FrozenDisk, rundir, scratch};
+use crate::backend::{Frozen, FrozenDisk, Notice, front, rundir, scratch};
 use crate::model::{
-    Allocation, BackupPlan, Error, Extents, Format, FreezeDisk, Image, JobId, Kind, Mode, Result,
-    ServerAddress,
+    Allocation, BackupPlan, Error, Extents, Format, FreezeDisk, Image, JobId, Kind, Mode,
+    PublicExport, Result, ServerAddress,
 };
 use crate::nbd;
-use crate::xml::{BackupDocument, BackupDocumentDisk, BackupMode, LiveBackup, Place, Server};
+use crate::xml::{BackupDocument, BackupDocumentDisk, BackupMode, Place, Server};
 
-/// The bitmap of changes in an export.
+/// The bitmap of changes in an export, unless other clients are to have it by another name.
 const CHANGES: &str = "fleece-changes";
-
-/// How often it is looked whether a job that was aborted is gone.
-const POLL: Duration = Duration::from_millis(20);
 
 /// A running backup.
 pub(super) struct Session {
-    pub(super) id: JobId,
+    id: JobId,
     /// What tells the job apart from others': the socket it is served on.
     socket: PathBuf,
     /// libvirt's number of the running domain.
     domain: Option<u32>,
     parts: Vec<Part>,
     /// Whether it is over.
-    pub(super) fate: Fate,
+    fate: Fate,
+    /// The door for NBD clients from outside.
+    front: Mutex<Option<nbd::Front>>,
     /// libvirt has nothing of it any more. The lock is held while it is taken apart.
     gone: Mutex<bool>,
 }
@@ -51,20 +49,15 @@ pub(super) struct Session {
 struct Part {
     target: String,
     size: u64,
-    /// Changes since the base are exported with it.
-    changes: bool,
+    /// The bitmap of changes since the base that is exported with it.
+    changes: Option<String>,
     scratch: PathBuf,
+    /// How other NBD clients find it.
+    export: Option<PublicExport>,
 }
 
 /// Begins the backup of the plan.
 pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFrozen> {
-    if plan.server.is_some() {
-        return Err(Error::new(
-            Kind::Unsupported,
-            "a backup of a libvirt domain has no NBD server for others",
-        )
-        .hint("leave <server> out and read the files, or use virsh backup-begin"));
-    }
     shared.is_free()?;
     let dir = &shared.places.scratch;
     rundir::make_passable(dir).map_err(|e| {
@@ -79,43 +72,20 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
     let socket = shared.rundir.socket();
     // libvirt removes it at the end of a job, and QEMU would refuse one that is there.
     let _ = std::fs::remove_file(&socket);
-    let xml = document(&socket, plan, &parts).write();
-    let checkpoint = plan
-        .checkpoint
-        .as_ref()
-        .map(|new| shared.checkpoint_xml(new));
-    let quiesce = shared.places.quiesce;
-    let name = plan.checkpoint.as_ref().map(|c| c.name.to_string());
-    let undo = {
-        let (socket, name) = (socket.clone(), name.clone());
-        move |domain: &Domain, _| undo(domain, &socket, name.as_deref())
-    };
-    let domain = shared.link.call_or_undo(
-        "begin a backup",
-        move |domain| {
-            let begin = || domain.begin_backup(&xml, checkpoint.as_deref());
-            match quiesce {
-                true => quiesced(domain, begin),
-                false => begin(),
-            }?;
-            Ok(domain.id())
-        },
-        undo,
-    )?;
+    let mark = Mark::Socket(socket.clone());
+    let document = document(&socket, plan, &parts);
+    let domain = job::begin(shared, &mark, &document, plan.checkpoint.as_ref())?;
     let session = Arc::new(Session {
         id: plan.id,
         socket,
         domain,
         parts,
         fate: Fate::default(),
+        front: Mutex::default(),
         gone: Mutex::new(false),
     });
-    *shared.session.lock() = Some(Arc::clone(&session));
-    let opened = (0..session.parts.len()).map(|index| {
-        let disk = LibvirtDisk::open(shared, &session, index)?;
-        Ok(Box::new(disk) as Box<dyn FrozenDisk>)
-    });
-    match opened.collect::<Result<Vec<_>>>() {
+    shared.put(Arc::clone(&session) as Arc<dyn Running>);
+    match session.open(shared, plan.server.as_ref()) {
         Ok(disks) => Ok(LibvirtFrozen {
             shared: Arc::clone(shared),
             session,
@@ -123,12 +93,8 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
         }),
         Err(error) => {
             let ended = session.end(shared);
-            let undone = ended.and_then(|()| match name {
-                None => Ok(()),
-                Some(name) => shared.link.call("undo a checkpoint", move |domain| {
-                    domain.checkpoint(&name)?.delete(0)
-                }),
-            });
+            let checkpoint = plan.checkpoint.as_ref();
+            let undone = ended.and_then(|()| job::undo(&shared.link, mark, checkpoint));
             if let Err(e) = undone {
                 log::error!("undoing a backup that could not begin: {e}");
             }
@@ -137,48 +103,20 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
     }
 }
 
-/// Does `work` while the guest's file systems are frozen. They are thawed whatever comes of it, in
-/// the same thread: also when nobody waits any more.
-fn quiesced<T>(domain: &Domain, work: impl FnOnce() -> ffi::Result<T>) -> ffi::Result<T> {
-    let frozen = domain.freeze().map_err(|fault| {
-        let message = format!("freeze the guest's file systems: {}", fault.message);
-        ffi::Fault::new(fault.code, message)
-    });
-    let outcome = frozen.and_then(|()| work());
-    // Also after a freeze that failed: part of them may be frozen.
-    if let Err(fault) = domain.thaw()
-        && outcome.is_ok()
-    {
-        log::error!(
-            "the guest's file systems could not be thawed: {}",
-            fault.message
-        );
-    }
-    outcome
-}
-
-/// After a begin that came too late for whoever waited for it.
-fn undo(domain: &Domain, socket: &std::path::Path, checkpoint: Option<&str>) {
-    let gone = abort(domain, socket, Instant::now() + Duration::from_secs(10));
-    let deleted = gone.and_then(|_| match checkpoint {
-        Some(name) => domain.checkpoint(name)?.delete(0),
-        None => Ok(()),
-    });
-    if let Err(fault) = deleted {
-        log::error!("undoing a late backup: {}", fault.message);
-    }
-}
-
 fn part(shared: &Shared, job: u32, index: usize, disk: &FreezeDisk) -> Result<Part> {
     let name = Names::new(shared.rundir.id(), job, index).file();
     Ok(Part {
         target: disk.target.clone(),
         size: shared.size_of(&disk.target)?,
-        changes: disk.base.is_some(),
+        changes: disk.base.as_ref().map(|_| {
+            let public = disk.export.as_ref().and_then(|e| e.bitmap.as_ref());
+            public.map_or_else(|| CHANGES.to_owned(), |(name, _)| name.clone())
+        }),
         scratch: match &disk.scratch {
             Some(path) => PathBuf::from(path),
             None => shared.places.scratch.join(name),
         },
+        export: disk.export.clone(),
     })
 }
 
@@ -191,7 +129,7 @@ fn document(socket: &std::path::Path, plan: &BackupPlan, parts: &[Part]) -> Back
         }),
         incremental: disk.base.clone(),
         export_name: Some(part.target.clone()),
-        export_bitmap: disk.base.as_ref().map(|_| CHANGES.to_owned()),
+        export_bitmap: part.changes.clone(),
         image: Some(Image::File(part.scratch.display().to_string())),
         format: Some(Format::Qcow2),
         ..BackupDocumentDisk::new(&part.target)
@@ -207,109 +145,147 @@ fn document(socket: &std::path::Path, plan: &BackupPlan, parts: &[Part]) -> Back
     }
 }
 
-/// Whether the backup that runs, if one does, is the one on this socket.
-pub(super) fn is_ours(domain: &Domain, socket: &std::path::Path) -> ffi::Result<bool> {
-    Ok(match running(domain)? {
-        Some(backup) => backup.socket.as_deref() == socket.to_str(),
-        None => false,
-    })
-}
-
-/// The backup that runs.
-pub(super) fn running(domain: &Domain) -> ffi::Result<Option<LiveBackup>> {
-    if !domain.is_active()? {
-        return Ok(None);
-    }
-    match domain.backup_xml() {
-        Ok(xml) => Ok(LiveBackup::read(xml.as_bytes()).ok()),
-        Err(fault) if fault.code == sys::VIR_ERR_NO_DOMAIN_BACKUP => Ok(None),
-        Err(fault) => Err(fault),
-    }
-}
-
-/// Ends the backup on this socket and waits until libvirt has nothing of it; whether there was one.
-pub(super) fn abort(
-    domain: &Domain,
-    socket: &std::path::Path,
-    deadline: Instant,
-) -> ffi::Result<bool> {
-    if !is_ours(domain, socket)? {
-        return Ok(false);
-    }
-    if let Err(fault) = domain.abort_job() {
-        // It may have ended in between.
-        return match is_ours(domain, socket)? {
-            true => Err(fault),
-            false => Ok(true),
-        };
-    }
-    while is_ours(domain, socket)? {
-        if Instant::now() >= deadline {
-            return Err(ffi::Fault::new(
-                sys::VIR_ERR_OPERATION_TIMEOUT,
-                "the job was aborted, and is still there",
-            ));
-        }
-        std::thread::sleep(POLL);
-    }
-    Ok(true)
-}
-
 impl Session {
-    pub(super) fn socket(&self) -> &std::path::Path {
-        &self.socket
+    /// Opens the disks, for us and, at `address`, for others.
+    fn open(
+        self: &Arc<Self>,
+        shared: &Shared,
+        address: Option<&ServerAddress>,
+    ) -> Result<Vec<Box<dyn FrozenDisk>>> {
+        let indices = 0..self.parts.len();
+        let disks = indices.map(|index| {
+            let disk = LibvirtDisk::open(shared, self, index)?;
+            Ok(Box::new(disk) as Box<dyn FrozenDisk>)
+        });
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        if let Some(address) = address {
+            let public = self.parts.iter().filter_map(|part| {
+                let export = part.export.as_ref()?;
+                Some((export.name.clone(), part.target.clone()))
+            });
+            let upstream = self.socket.clone();
+            let front = front::open(address, upstream, public.collect(), &shared.places)?;
+            *self.front.lock() = Some(front);
+        }
+        // The guard may have ended it by now.
+        self.fate.failure().map_or(Ok(disks), Err)
     }
 
-    /// Whether this is still the run of the domain in which it was begun.
-    pub(super) fn is_of(&self, domain: Option<u32>) -> bool {
-        self.domain == domain
+    /// From now on every read fails, and other clients are hung up on; whether this made it so.
+    fn close(&self, why: Error) -> bool {
+        let first = self.fate.fail(why);
+        drop(self.front.lock().take());
+        first
     }
 
     /// Bytes that the scratch files take. libvirt makes them, and removes them at the end.
-    pub(super) fn scratch_used(&self) -> u64 {
+    fn scratch_used(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
         let used = |part: &Part| std::fs::metadata(&part.scratch).map_or(0, |m| m.blocks() * 512);
         self.parts.iter().map(used).sum()
     }
 
     /// Bytes that are free where the scratch files are.
-    pub(super) fn room(&self) -> Option<u64> {
+    fn room(&self) -> Option<u64> {
         let dirs = self.parts.iter().filter_map(|part| part.scratch.parent());
         dirs.filter_map(scratch::room).min()
     }
+}
 
-    /// Ends libvirt's job; nothing is left to do after it succeeded once.
-    pub(super) fn end(&self, shared: &Shared) -> Result<()> {
-        self.fate
-            .fail(Error::new(Kind::NotConnected, "the backup was ended"));
+impl Running for Session {
+    fn id(&self) -> JobId {
+        self.id
+    }
+
+    fn mark(&self) -> Mark {
+        Mark::Socket(self.socket.clone())
+    }
+
+    fn domain(&self) -> Option<u32> {
+        self.domain
+    }
+
+    fn is_over(&self) -> bool {
+        self.fate.failure().is_some()
+    }
+
+    fn fail(&self, shared: &Shared, why: Error) {
+        if self.close(why.clone()) {
+            shared.notify(Notice::Over(self.id, Err(why)));
+        }
+    }
+
+    fn end(&self, shared: &Shared) -> Result<()> {
+        self.close(Error::new(Kind::NotConnected, "the backup was ended"));
         let mut gone = self.gone.lock();
         if *gone {
             return Ok(());
         }
-        let ended = end_on(&shared.link, self.socket.clone());
-        if !(ended.is_err() && shared.link.is_undefined()) {
-            ended?;
-        }
+        job::end(&shared.link, self.mark())?;
         for part in &self.parts {
             // libvirt did, unless its domain died.
             let _ = std::fs::remove_file(&part.scratch);
         }
         let _ = std::fs::remove_file(&self.socket);
         *gone = true;
-        let mut slot = shared.session.lock();
-        if slot.as_ref().is_some_and(|s| std::ptr::eq(&**s, self)) {
-            *slot = None;
-        }
+        shared.take(self.id);
         Ok(())
     }
-}
 
-/// Ends the backup on a socket.
-pub(super) fn end_on(link: &Link, socket: PathBuf) -> Result<()> {
-    let deadline = Instant::now() + link.timeout();
-    link.call("end a backup", move |domain| {
-        abort(domain, &socket, deadline).map(drop)
-    })
+    /// Ends the backup before the guest has to pay for it. Scratch space that is full stops the guest;
+    /// once the backup is ended, its write is made again.
+    fn watch(&self, shared: &Shared, state: State) {
+        let used = self.scratch_used();
+        let limit = shared.places.scratch_limit;
+        let room = self.room();
+        let most = match (limit, room.map(|room| room.saturating_add(used))) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        if let Some(most) = most.filter(|m| used.saturating_mul(4) >= m.saturating_mul(3))
+            && used > 0
+            && self.fate.warn_once()
+        {
+            shared.notify(Notice::ScratchThreshold(self.id, used, most));
+        }
+        let stopped = state.is_stopped_by_an_error();
+        let (why, hint) = if let Some(limit) = limit.filter(|limit| used > *limit) {
+            (
+                format!("the backup took {used} bytes of scratch space, {limit} allowed"),
+                "raise -o scratch-limit=",
+            )
+        } else if room == Some(0) || stopped {
+            let why = match stopped {
+                true => "a write of the guest failed, as when the scratch space is full",
+                false => "the scratch directory is nearly full",
+            };
+            (
+                why.to_owned(),
+                "use a larger -o scratch=DIR, or read faster",
+            )
+        } else {
+            return;
+        };
+        let why = format!("{why}; the backup was ended so that the guest can go on");
+        log::error!("{why} ({hint})");
+        self.fail(shared, Error::new(Kind::NoSpace, why).hint(hint));
+        if let Err(e) = self.end(shared) {
+            log::error!("ending it: {e}");
+            return;
+        }
+        if stopped && let Err(e) = shared.link.call("resume the domain", |d| d.resume()) {
+            log::error!("the guest is stopped and cannot be made to go on: {e}");
+        }
+    }
+
+    fn vanished(self: Arc<Self>, shared: &Arc<Shared>) {
+        let why = "libvirt's job is gone: it was aborted by someone else (virsh domjobabort), or \
+                   failed";
+        self.fail(shared, guard::gone(why));
+        if let Err(e) = self.end(shared) {
+            log::debug!("ending a backup that is over: {e}");
+        }
+    }
 }
 
 pub(super) struct LibvirtFrozen {
@@ -414,13 +390,13 @@ impl FrozenDisk for LibvirtDisk {
     /// libvirt has merged what changed since the base, and nothing else is to be had.
     fn changed(&self, bitmaps: &[String]) -> Result<Extents<bool>> {
         let part = &self.session.parts[self.index];
-        if !part.changes || !bitmaps.is_empty() {
+        let Some(changes) = part.changes.as_ref().filter(|_| bitmaps.is_empty()) else {
             return Err(Error::new(
                 Kind::Stale,
                 "libvirt lists what changed since the backup's base and nothing else",
             ));
-        }
-        let map = self.status(&nbd::dirty_bitmap_context(CHANGES))?;
+        };
+        let map = self.status(&nbd::dirty_bitmap_context(changes))?;
         Ok(map.map(|flags| flags & nbd::STATE_DIRTY != 0))
     }
 

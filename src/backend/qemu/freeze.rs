@@ -36,10 +36,10 @@ use super::frozen::{QemuDisk, QemuFrozen};
 use super::monitor::Monitor;
 use super::quirks::Access;
 use super::{Shared, action, quiesce};
-use crate::backend::FrozenDisk;
 use crate::backend::names::{Names, TAIL};
 use crate::backend::scratch::{self, Scratch};
 use crate::backend::watch::Fate;
+use crate::backend::{FrozenDisk, front};
 use crate::model::{
     BackupPlan, Error, FreezeDisk, JobId, Kind, NewCheckpoint, PublicExport, Result, ServerAddress,
 };
@@ -308,20 +308,12 @@ impl Session {
         monitor: &Monitor,
         address: &ServerAddress,
     ) -> Result<()> {
-        let keys = match (address, &shared.places.tls_psk) {
-            (ServerAddress::Tcp { tls: true, .. }, Some(path)) => {
-                Some(nbd::Psk::load(path).map_err(front_error)?)
-            }
-            _ => None,
-        };
         let mut exports = Vec::new();
         for part in &self.parts {
             exports.extend(part.publish(monitor).map_err(|e| part.during(e))?);
         }
         let upstream = shared.rundir.socket();
-        let timeout = shared.places.timeout;
-        let front = nbd::Front::start(address, upstream, exports, keys, timeout);
-        *self.front.lock() = Some(front.map_err(front_error)?);
+        *self.front.lock() = Some(front::open(address, upstream, exports, &shared.places)?);
         Ok(())
     }
 
@@ -419,19 +411,6 @@ impl Session {
             Some(new) => shared.undo_checkpoint(new).and(ended),
             None => ended,
         }
-    }
-}
-
-/// A front that did not open, for users.
-fn front_error(error: nbd::FrontError) -> Error {
-    let text = error.to_string();
-    match error {
-        nbd::FrontError::InUse { .. } => Error::new(Kind::Busy, text)
-            .hint("choose another address, or remove what is there if nobody uses it"),
-        nbd::FrontError::NoKeys { .. } | nbd::FrontError::Keys { .. } => {
-            Error::new(Kind::Invalid, text).hint("psktool -u NAME -p FILE makes a key file")
-        }
-        nbd::FrontError::Listen { .. } => Error::new(Kind::Io, text),
     }
 }
 

@@ -46,7 +46,6 @@ mod push;
 mod quiesce;
 mod quirks;
 mod server;
-mod target;
 
 /// A domain behind a monitor.
 pub struct Qemu {

@@ -23,9 +23,10 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::monitor::{Job, Monitor};
-use super::target::TargetFile;
 use super::{Shared, action, quiesce};
 use crate::backend::names::Names;
+use crate::backend::target::TargetFile;
+use crate::backend::watch::Course;
 use crate::backend::{Notice, Progress, Pushing};
 use crate::model::{
     Control, CopyDisk, Error, Format, JobId, JobState, Kind, NewCheckpoint, Outcome, PushPlan,
@@ -63,8 +64,8 @@ pub(super) struct PushSession {
     parts: Vec<Part>,
     /// Its jobs are there: the guard may look at them.
     begun: AtomicBool,
-    /// How the whole stands; once it is over, that stays.
-    state: Mutex<JobState>,
+    /// How the whole stands.
+    course: Course,
     /// Nothing of it is left in QEMU. The lock is held while it is taken apart.
     gone: Mutex<bool>,
 }
@@ -83,7 +84,7 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<Box<dyn Push
         pid: monitor.client().peer().pid,
         parts,
         begun: AtomicBool::new(false),
-        state: Mutex::new(JobState::Running),
+        course: Course::default(),
         gone: Mutex::new(false),
     });
     shared.pushes.lock().push(Arc::clone(&session));
@@ -122,7 +123,9 @@ impl Part {
     /// Makes and opens the target.
     fn prepare(&self, shared: &Shared, monitor: &Monitor) -> Result<()> {
         let peer = monitor.client().peer();
-        let driver = self.target.prepare(&shared.rundir, peer.uid, peer.gid)?;
+        let driver = self
+            .target
+            .prepare(&shared.rundir, Some((peer.uid, peer.gid)))?;
         let path = self.target.path();
         let file = self.names.file();
         monitor
@@ -232,35 +235,21 @@ impl PushSession {
         Some(part.node.clone())
     }
 
-    fn is_running(&self) -> bool {
-        matches!(*self.state.lock(), JobState::Running | JobState::Paused)
-    }
-
-    /// Over from now on, unless it was before; whether this made it so.
-    fn over(&self, how: JobState) -> bool {
-        let mut state = self.state.lock();
-        let running = matches!(*state, JobState::Running | JobState::Paused);
-        if running {
-            *state = how;
-        }
-        running
-    }
-
     /// Fails: all disks do, and what was written is no backup.
     pub(super) fn fail(&self, shared: &Shared, why: Error) {
-        let was_running = self.is_running();
+        let was_running = self.course.is_running();
         if let Err(e) = self.end(shared, JobState::Failed(why.clone())) {
             log::error!("ending push backup {}: {e}", self.id);
         }
         // Its owner may have broken it off meanwhile.
-        if was_running && matches!(*self.state.lock(), JobState::Failed(_)) {
+        if was_running && matches!(self.course.state(), JobState::Failed(_)) {
             shared.notify(Notice::Over(self.id, Err(why)));
         }
     }
 
     /// Looks at the jobs: how far they are, and which have ended.
     pub(super) fn watch(self: &Arc<Self>, shared: &Shared) {
-        if !self.begun.load(Ordering::Acquire) || !self.is_running() {
+        if !self.begun.load(Ordering::Acquire) || !self.course.is_running() {
             return;
         }
         let looked = shared.link.monitor().and_then(|monitor| {
@@ -285,7 +274,7 @@ impl PushSession {
         let mut parts = self.parts.iter();
         let done = parts.all(|p| matches!(p.progress.lock().state, JobState::Ended(_)));
         let mut gone = self.gone.lock();
-        if done && self.over(JobState::Ended(Outcome::Completed)) {
+        if done && self.course.over(JobState::Ended(Outcome::Completed)) {
             *gone = true;
             drop(gone);
             for part in &self.parts {
@@ -357,7 +346,7 @@ impl PushSession {
             return Ok(());
         }
         let taken_apart = self.dissolve(shared);
-        self.over(how);
+        self.course.over(how);
         taken_apart?;
         *gone = true;
         drop(gone);
@@ -390,7 +379,7 @@ impl PushSession {
 
     /// What is left of a push backup that is over, and could not be taken apart when it was.
     pub(super) fn settle(&self, shared: &Shared) -> Result<()> {
-        match self.is_running() {
+        match self.course.is_running() {
             true => Ok(()),
             false => self.abort(shared),
         }
@@ -432,15 +421,15 @@ impl Pushing for QemuPush {
     }
 
     fn state(&self) -> JobState {
-        self.session.state.lock().clone()
+        self.session.course.state()
     }
 
     fn control(&self, command: Control) -> Result<()> {
         let session = &self.session;
-        if !session.is_running() {
+        if !session.course.is_running() {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("it is over already: {}", session.state.lock().word()),
+                format!("it is over already: {}", session.course.state().word()),
             ));
         }
         if command == Control::Abort {
@@ -453,10 +442,9 @@ impl Pushing for QemuPush {
             Control::Speed(bytes) => monitor.job_speed(job, bytes),
             Control::Abort => Ok(()),
         })?;
-        let mut state = session.state.lock();
-        match (command, &*state) {
-            (Control::Pause, JobState::Running) => *state = JobState::Paused,
-            (Control::Resume, JobState::Paused) => *state = JobState::Running,
+        match command {
+            Control::Pause => session.course.pause(true),
+            Control::Resume => session.course.pause(false),
             _ => {}
         }
         Ok(())

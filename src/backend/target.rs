@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::backend::rundir::{self, RunDir};
-use crate::backend::scratch;
+use super::rundir::{self, RunDir};
+use super::scratch;
 use crate::model::{Error, Format, Image, Kind, Result, Target};
 
 /// A target; nothing is there, or opened, before [`prepare`](Self::prepare).
@@ -40,6 +40,11 @@ impl TargetFile {
         Path::new(self.target.image.path())
     }
 
+    /// Bytes of the disk.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
     pub(super) fn format(&self) -> Format {
         self.target.format
     }
@@ -49,8 +54,13 @@ impl TargetFile {
         self.target.existing
     }
 
-    /// Makes it, or finds it, and gives it to QEMU's user; the driver that QEMU opens it with.
-    pub(super) fn prepare(&self, rundir: &RunDir, uid: u32, gid: u32) -> Result<&'static str> {
+    /// Makes it, or finds it; what is made is given to QEMU's user, unless somebody else sees to that.
+    /// The driver that QEMU opens it with.
+    pub(super) fn prepare(
+        &self,
+        rundir: &RunDir,
+        user: Option<(u32, u32)>,
+    ) -> Result<&'static str> {
         match self.target.image {
             Image::Block(_) => {
                 if !self.open()?.file_type().is_block_device() {
@@ -60,12 +70,12 @@ impl TargetFile {
                 return Ok("host_device");
             }
             Image::File(_) if self.target.existing => self.check_older()?,
-            Image::File(_) => self.make(rundir, uid, gid)?,
+            Image::File(_) => self.make(rundir, user)?,
         }
         Ok("file")
     }
 
-    fn make(&self, rundir: &RunDir, uid: u32, gid: u32) -> Result<()> {
+    fn make(&self, rundir: &RunDir, user: Option<(u32, u32)>) -> Result<()> {
         let path = self.path();
         let file = OpenOptions::new()
             .create_new(true)
@@ -80,7 +90,10 @@ impl TargetFile {
         if self.target.format == Format::Raw {
             file.set_len(self.size).map_err(|e| self.unusable(&e))?;
         }
-        rundir::give_to(file, path, uid, gid).map(drop)
+        match user {
+            Some((uid, gid)) => rundir::give_to(file, path, uid, gid).map(drop),
+            None => Ok(()),
+        }
     }
 
     fn check_older(&self) -> Result<()> {

@@ -1,0 +1,194 @@
+//! libvirt's one job of a domain: beginning a backup, telling ours from others', and its end.
+//!
+//! libvirt gives a backup no name and no number. What it is served on or written to is nobody else's,
+//! and is what ours is known by.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use virt_sys as sys;
+
+use super::ffi::{self, Domain};
+use super::guard::State;
+use super::link::Link;
+use super::{Shared, quiesce};
+use crate::model::{Error, JobId, Mode, NewCheckpoint, Result};
+use crate::xml::{BackupDocument, LiveBackup};
+
+/// How often it is looked whether a job that was aborted is gone.
+const POLL: Duration = Duration::from_millis(20);
+
+/// How long what was begun too late is waited for to be gone again.
+const UNDO: Duration = Duration::from_secs(10);
+
+/// What tells a backup of ours from others'.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// The socket on which a pull backup is served.
+    Socket(PathBuf),
+    /// What a push backup is written to.
+    Targets(Vec<PathBuf>),
+}
+
+impl Mark {
+    /// Whether the backup that libvirt describes bears it.
+    pub(super) fn is_on(&self, backup: &LiveBackup) -> bool {
+        match self {
+            Self::Socket(socket) => backup.socket.as_deref().map(Path::new) == Some(socket),
+            // libvirt lists disks in an order of its own.
+            Self::Targets(targets) => {
+                backup.mode == Mode::Push
+                    && !targets.is_empty()
+                    && backup.targets.len() == targets.len()
+                    && targets
+                        .iter()
+                        .all(|t| backup.targets.iter().any(|b| Path::new(b) == t))
+            }
+        }
+    }
+}
+
+/// Has libvirt begin the backup of the document, and make the checkpoint with it; its number of the
+/// running domain. What it begins after its time was up is undone.
+pub(super) fn begin(
+    shared: &Shared,
+    mark: &Mark,
+    document: &BackupDocument,
+    checkpoint: Option<&NewCheckpoint>,
+) -> Result<Option<u32>> {
+    let xml = document.write();
+    let name = checkpoint.map(|new| new.name.to_string());
+    let checkpoint_xml = checkpoint.map(|new| shared.checkpoint_xml(new));
+    let flags = match mark {
+        Mark::Socket(_) => 0,
+        Mark::Targets(_) => sys::VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL,
+    };
+    let late = {
+        let mark = mark.clone();
+        move |domain: &Domain, _| undo_late(domain, &mark, name.as_deref())
+    };
+    let begin = || {
+        shared.link.call_or_undo(
+            "begin a backup",
+            move |domain| {
+                domain.begin_backup(&xml, checkpoint_xml.as_deref(), flags)?;
+                Ok(domain.id())
+            },
+            late,
+        )
+    };
+    quiesce::frozen(shared, shared.places.quiesce, begin, |_| {
+        if let Err(e) = undo(&shared.link, mark.clone(), checkpoint) {
+            log::error!("undoing a backup: {e}");
+        }
+    })
+}
+
+/// Ends a backup that is not to be, and deletes the checkpoint that was made with it.
+pub(super) fn undo(link: &Link, mark: Mark, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
+    end(link, mark)?;
+    checkpoint.map_or(Ok(()), |new| undo_checkpoint(link, new))
+}
+
+/// Deletes a checkpoint that is not to be.
+pub(super) fn undo_checkpoint(link: &Link, new: &NewCheckpoint) -> Result<()> {
+    let name = new.name.to_string();
+    link.call("undo a checkpoint", move |domain| {
+        domain.checkpoint(&name)?.delete(0)
+    })
+}
+
+/// After a begin that came too late for whoever waited for it.
+fn undo_late(domain: &Domain, mark: &Mark, checkpoint: Option<&str>) {
+    let gone = abort(domain, mark, Instant::now() + UNDO);
+    let deleted = gone.and_then(|_| match checkpoint {
+        Some(name) => domain.checkpoint(name)?.delete(0),
+        None => Ok(()),
+    });
+    if let Err(fault) = deleted {
+        log::error!("undoing a late backup: {}", fault.message);
+    }
+}
+
+/// The backup that runs.
+pub(super) fn running(domain: &Domain) -> ffi::Result<Option<LiveBackup>> {
+    if !domain.is_active()? {
+        return Ok(None);
+    }
+    match domain.backup_xml() {
+        Ok(xml) => Ok(LiveBackup::read(xml.as_bytes()).ok()),
+        Err(fault) if fault.code == sys::VIR_ERR_NO_DOMAIN_BACKUP => Ok(None),
+        Err(fault) => Err(fault),
+    }
+}
+
+/// Whether the backup that runs, if one does, bears this mark.
+pub(super) fn is_ours(domain: &Domain, mark: &Mark) -> ffi::Result<bool> {
+    Ok(running(domain)?.is_some_and(|backup| mark.is_on(&backup)))
+}
+
+/// Ends the backup with this mark and waits until libvirt has nothing of it; whether there was one.
+fn abort(domain: &Domain, mark: &Mark, deadline: Instant) -> ffi::Result<bool> {
+    if !is_ours(domain, mark)? {
+        return Ok(false);
+    }
+    if let Err(fault) = domain.abort_job() {
+        // It may have ended in between.
+        return match is_ours(domain, mark)? {
+            true => Err(fault),
+            false => Ok(true),
+        };
+    }
+    while is_ours(domain, mark)? {
+        if Instant::now() >= deadline {
+            return Err(ffi::Fault::new(
+                sys::VIR_ERR_OPERATION_TIMEOUT,
+                "the job was aborted, and is still there",
+            ));
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(true)
+}
+
+/// Ends the backup with this mark, if it runs. One of a domain that is undefined is gone with it.
+pub(super) fn end(link: &Link, mark: Mark) -> Result<()> {
+    let deadline = Instant::now() + link.timeout();
+    let ended = link.call("end a backup", move |domain| {
+        abort(domain, &mark, deadline).map(drop)
+    });
+    match ended {
+        Err(_) if link.is_undefined() => Ok(()),
+        ended => ended,
+    }
+}
+
+/// A backup of ours that has something in libvirt.
+pub(super) trait Running: Send + Sync {
+    fn id(&self) -> JobId;
+
+    /// What it is known by.
+    fn mark(&self) -> Mark;
+
+    /// libvirt's number of the domain's run in which it was begun.
+    fn domain(&self) -> Option<u32>;
+
+    /// Whether it is over, though something of it may be left. No I/O.
+    fn is_over(&self) -> bool;
+
+    /// Fails: whoever listens is told, unless it was over before.
+    fn fail(&self, shared: &Shared, why: Error);
+
+    /// Ends it if it still runs; nothing is left to do after that succeeded once.
+    fn end(&self, shared: &Shared) -> Result<()>;
+
+    /// libvirt still has it: looks after it.
+    fn watch(&self, shared: &Shared, state: State);
+
+    /// libvirt did not answer.
+    fn unseen(&self) {}
+
+    /// libvirt has it no longer, though nobody here ended it.
+    fn vanished(self: Arc<Self>, shared: &Arc<Shared>);
+}

@@ -1,0 +1,363 @@
+//! A push backup: libvirt has QEMU copy the disks, as they are at one instant, into targets by itself.
+//!
+//! The targets are made here, and libvirt is told that they are there (REUSE_EXTERNAL): left to itself
+//! it makes an incremental's qcow2 file one that is based on the live image, which is no place for a
+//! backup to look for what did not change.
+//!
+//! A job that is over is gone from libvirt, which keeps what became of the last one. That is ours if
+//! it took at least as long as ours was seen to run.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use virt_sys as sys;
+
+use super::ffi::{self, Domain, JobResult};
+use super::guard::State;
+use super::job::{self, Mark, Running};
+use super::{Shared, qemu_img};
+use crate::backend::target::TargetFile;
+use crate::backend::watch::Course;
+use crate::backend::{Notice, Progress, Pushing};
+use crate::model::{
+    Control, CopyDisk, Error, Format, Image, JobId, JobState, Kind, Mode, Name, Outcome, PushPlan,
+    Result,
+};
+use crate::xml::{BackupDocument, BackupDocumentDisk, BackupMode};
+
+/// What libvirt's clock and ours may be apart in telling how long a job took.
+const SLACK: Duration = Duration::from_millis(100);
+
+/// One disk's share of a push backup.
+struct Part {
+    disk: String,
+    target: TargetFile,
+    image: Image,
+    /// The checkpoint since which changes are copied; none: everything.
+    base: Option<Name>,
+    progress: Mutex<Progress>,
+}
+
+/// A push backup in libvirt.
+pub(super) struct PushSession {
+    id: JobId,
+    mark: Mark,
+    /// libvirt's number of the running domain.
+    domain: Option<u32>,
+    parts: Vec<Part>,
+    course: Course,
+    /// When the job was first and last seen, by the libvirtd that is there now.
+    seen: Mutex<Option<(Instant, Instant)>>,
+    /// It is written, and being put on disk.
+    closing: AtomicBool,
+    /// Nothing of it is left in libvirt. The lock is held while it is ended.
+    gone: Mutex<bool>,
+}
+
+/// Begins to copy the disks of the plan.
+pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush> {
+    shared.is_free()?;
+    let parts = plan.disks.iter().map(|disk| Part::new(shared, disk));
+    let parts = parts.collect::<Result<Vec<_>>>()?;
+    let mark = Mark::Targets(parts.iter().map(|p| p.target.path().to_owned()).collect());
+    let document = BackupDocument {
+        mode: Mode::Push,
+        disks: parts.iter().map(Part::describe).collect(),
+        ..BackupDocument::default()
+    };
+    let prepared = parts.iter().try_for_each(|part| part.prepare(shared));
+    let begun = prepared.and_then(|()| {
+        shared.rundir.note_job(targets(&mark));
+        job::begin(shared, &mark, &document, plan.checkpoint.as_ref())
+    });
+    let domain = begun.inspect_err(|_| {
+        shared.rundir.forget_job();
+        parts.iter().for_each(|p| p.target.discard(&shared.rundir));
+    })?;
+    let now = Instant::now();
+    let session = Arc::new(PushSession {
+        id: plan.id,
+        mark,
+        domain,
+        parts,
+        course: Course::default(),
+        seen: Mutex::new(Some((now, now))),
+        closing: AtomicBool::new(false),
+        gone: Mutex::new(false),
+    });
+    shared.put(Arc::clone(&session) as Arc<dyn Running>);
+    Ok(LibvirtPush {
+        shared: Arc::clone(shared),
+        session,
+    })
+}
+
+fn targets(mark: &Mark) -> &[PathBuf] {
+    match mark {
+        Mark::Targets(targets) => targets,
+        Mark::Socket(_) => &[],
+    }
+}
+
+impl Part {
+    fn new(shared: &Shared, disk: &CopyDisk) -> Result<Self> {
+        let size = shared.size_of(&disk.disk)?;
+        Ok(Self {
+            disk: disk.disk.clone(),
+            target: TargetFile::new(disk.target.clone(), size),
+            image: disk.target.image.clone(),
+            base: disk.base.clone(),
+            progress: Mutex::new(Progress {
+                state: JobState::Running,
+                done: 0,
+                total: 0,
+            }),
+        })
+    }
+
+    /// What virDomainBackupBegin is told.
+    fn describe(&self) -> BackupDocumentDisk {
+        BackupDocumentDisk {
+            backup_mode: Some(match self.base {
+                Some(_) => BackupMode::Incremental,
+                None => BackupMode::Full,
+            }),
+            incremental: self.base.clone(),
+            image: Some(self.image.clone()),
+            format: Some(self.target.format()),
+            ..BackupDocumentDisk::new(&self.disk)
+        }
+    }
+
+    /// Makes or finds the target.
+    fn prepare(&self, shared: &Shared) -> Result<()> {
+        let make = || {
+            self.target.prepare(&shared.rundir, shared.files_owner)?;
+            if self.target.format() == Format::Qcow2 && !self.target.is_prepared() {
+                let (path, size) = (self.target.path(), self.target.size());
+                qemu_img::create_qcow2(path, size, shared.link.timeout())?;
+            }
+            Ok(())
+        };
+        make().map_err(|e| self.during(e))
+    }
+
+    /// Puts on disk what was written.
+    fn close(&self) -> Result<()> {
+        let closed = self.target.sync().and_then(|()| self.target.check());
+        closed.map_err(|e| self.during(e))
+    }
+
+    fn during(&self, error: Error) -> Error {
+        error.during(format!("disk {}", self.disk))
+    }
+}
+
+impl PushSession {
+    /// Over, in this way unless it was before, and nothing of it is left.
+    fn settle(&self, shared: &Shared, how: JobState) -> Result<()> {
+        let mut gone = self.gone.lock();
+        if *gone {
+            return Ok(());
+        }
+        let ended = job::end(&shared.link, self.mark.clone());
+        self.course.over(how);
+        ended?;
+        let parts = self.parts.iter();
+        parts.for_each(|p| p.target.discard(&shared.rundir));
+        self.forget(shared, &mut gone);
+        Ok(())
+    }
+
+    fn forget(&self, shared: &Shared, gone: &mut bool) {
+        shared.rundir.forget_job();
+        *gone = true;
+        shared.take(self.id);
+    }
+
+    /// Breaks it off.
+    fn abort(&self, shared: &Shared) -> Result<()> {
+        self.settle(shared, JobState::Ended(Outcome::Aborted))
+    }
+
+    /// Puts the targets on disk, which can take long, and only then says that it is completed.
+    fn complete(&self, shared: &Shared) {
+        let closed = self.parts.iter().try_for_each(Part::close);
+        if let Err(why) = closed {
+            return self.fail(shared, why);
+        }
+        let mut gone = self.gone.lock();
+        if *gone || !self.course.over(JobState::Ended(Outcome::Completed)) {
+            return;
+        }
+        for part in &self.parts {
+            let mut progress = part.progress.lock();
+            progress.state = JobState::Ended(Outcome::Completed);
+            progress.done = progress.total;
+            part.target.keep(&shared.rundir);
+        }
+        self.forget(shared, &mut gone);
+        drop(gone);
+        shared.notify(Notice::Over(self.id, Ok(Outcome::Completed)));
+    }
+
+    /// Whether a job that took so long can be this one.
+    fn may_have_taken(&self, elapsed: Duration) -> bool {
+        let seen = *self.seen.lock();
+        seen.is_none_or(|(first, last)| elapsed + SLACK >= last - first)
+    }
+
+    /// Why it is no backup; none if it is one.
+    fn failure(&self, result: Option<&JobResult>) -> Option<Error> {
+        let unknown = "libvirt does not say what became of it";
+        let Some(result) = result else {
+            return Some(Error::new(Kind::Io, unknown));
+        };
+        let other = result.operation as u32 != sys::VIR_DOMAIN_JOB_OPERATION_BACKUP;
+        if other || !self.may_have_taken(result.elapsed) {
+            let why = format!("{unknown}, but of a later job");
+            return Some(Error::new(Kind::Io, why));
+        }
+        match result.kind as sys::virDomainJobType {
+            sys::VIR_DOMAIN_JOB_COMPLETED => None,
+            sys::VIR_DOMAIN_JOB_CANCELLED => Some(Error::new(
+                Kind::Io,
+                "it was aborted by someone else (virsh domjobabort)",
+            )),
+            _ => {
+                let why = result
+                    .message
+                    .as_deref()
+                    .unwrap_or("libvirt says no reason");
+                Some(match why.contains("No space left") {
+                    true => Error::new(Kind::NoSpace, format!("a target is full: {why}"))
+                        .hint("make room there, or choose another place"),
+                    false => Error::new(Kind::Io, format!("libvirt's job failed: {why}")),
+                })
+            }
+        }
+    }
+}
+
+impl Running for PushSession {
+    fn id(&self) -> JobId {
+        self.id
+    }
+
+    fn mark(&self) -> Mark {
+        self.mark.clone()
+    }
+
+    fn domain(&self) -> Option<u32> {
+        self.domain
+    }
+
+    fn is_over(&self) -> bool {
+        !self.course.is_running()
+    }
+
+    /// What was written is no backup.
+    fn fail(&self, shared: &Shared, why: Error) {
+        let was_running = self.course.is_running();
+        if let Err(e) = self.settle(shared, JobState::Failed(why.clone())) {
+            log::error!("ending push backup {}: {e}", self.id);
+        }
+        // Its owner may have broken it off meanwhile.
+        if was_running && matches!(self.course.state(), JobState::Failed(_)) {
+            shared.notify(Notice::Over(self.id, Err(why)));
+        }
+    }
+
+    fn end(&self, shared: &Shared) -> Result<()> {
+        self.abort(shared)
+    }
+
+    fn watch(&self, shared: &Shared, _: State) {
+        let now = Instant::now();
+        let mut seen = self.seen.lock();
+        *seen = Some((seen.map_or(now, |(first, _)| first), now));
+        drop(seen);
+        let disks: Vec<String> = self.parts.iter().map(|p| p.disk.clone()).collect();
+        let asked = shared.link.call("look at a backup", move |domain| {
+            let jobs = disks.iter().map(|disk| domain.block_job(disk));
+            jobs.collect::<ffi::Result<Vec<_>>>()
+        });
+        let asked = asked.unwrap_or_default();
+        for (part, found) in self.parts.iter().zip(asked) {
+            let mut progress = part.progress.lock();
+            match found {
+                Some((done, total)) => (progress.done, progress.total) = (done, total),
+                // One disk is copied; the others are not yet.
+                None => progress.done = progress.total,
+            }
+        }
+    }
+
+    fn unseen(&self) {
+        // Another libvirtd counts anew how long a job takes.
+        *self.seen.lock() = None;
+    }
+
+    fn vanished(self: Arc<Self>, shared: &Arc<Shared>) {
+        if self.closing.load(Ordering::Acquire) {
+            return;
+        }
+        let asked = shared
+            .link
+            .call("look what became of a backup", Domain::last_job);
+        // It may be asked again, when libvirt answers.
+        let Ok(result) = asked else { return };
+        if let Some(why) = self.failure(result.as_ref()) {
+            return self.fail(shared, why);
+        }
+        self.closing.store(true, Ordering::Release);
+        let (session, shared) = (Arc::clone(&self), Arc::clone(shared));
+        let thread = std::thread::Builder::new().name("push".to_owned());
+        let spawned = thread.spawn(move || session.complete(&shared));
+        if let Err(e) = spawned {
+            log::error!("a push backup is not put on disk yet: no thread: {e}");
+            self.closing.store(false, Ordering::Release);
+        }
+    }
+}
+
+pub(super) struct LibvirtPush {
+    shared: Arc<Shared>,
+    session: Arc<PushSession>,
+}
+
+impl Pushing for LibvirtPush {
+    fn progress(&self) -> Vec<Progress> {
+        let parts = self.session.parts.iter();
+        parts.map(|p| p.progress.lock().clone()).collect()
+    }
+
+    fn state(&self) -> JobState {
+        self.session.course.state()
+    }
+
+    fn control(&self, command: Control) -> Result<()> {
+        let course = &self.session.course;
+        if !course.is_running() {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("it is over already: {}", course.state().word()),
+            ));
+        }
+        match command {
+            Control::Abort => self.session.abort(&self.shared),
+            _ => Err(Error::new(
+                Kind::Unsupported,
+                "libvirt cannot pause a backup, or change its speed, once it runs",
+            )
+            .hint("only abort can be said here")),
+        }
+    }
+
+    fn end(&self) -> Result<()> {
+        self.session.abort(&self.shared)
+    }
+}
