@@ -349,3 +349,25 @@ fn a_guest_without_an_agent_is_not_quiesced() {
     assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
+
+/// As AppArmor or SELinux would have it, which are not to be had here: QEMU may not make its socket.
+#[test]
+fn a_socket_that_qemu_may_not_make_is_a_refusal_that_says_so() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    let runtime = mount.home().path("runtime");
+    std::fs::set_permissions(&runtime, std::fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(errno(mount.mkdir("backups/b")), libc::EPERM);
+    let said = mount.last_error();
+    assert!(
+        said.contains("Permission denied") && said.contains("AppArmor"),
+        "{said}"
+    );
+    assert_eq!(names(&libvirtd), [] as [&str; 0]);
+    std::fs::set_permissions(&runtime, std::fs::Permissions::from_mode(0o711)).unwrap();
+    mount.mkdir("backups/b").unwrap();
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}

@@ -269,6 +269,13 @@ pub(super) fn explain(fault: &Fault) -> Error {
         | sys::VIR_ERR_XML_ERROR
         | sys::VIR_ERR_XML_DETAIL
         | sys::VIR_ERR_XML_INVALID_SCHEMA => error(Kind::Invalid),
+        // Of QEMU's two steps, to remove what is there and to bind, either may be forbidden.
+        _ if message.contains("nbd-server-start") && message.contains("Permission denied") => {
+            error(Kind::NotPermitted).hint(
+                "can QEMU's user enter the directory, and do AppArmor or SELinux let QEMU make a socket \
+                 there? docs/semantics.md, \"Who may do what\"; or choose another -o runtime=DIR",
+            )
+        }
         _ if message.contains("NBD server already running") => {
             error(Kind::Busy).hint("somebody runs an NBD server in this QEMU; stop it first")
         }
