@@ -287,7 +287,7 @@ impl Domain {
 
     fn job_stats(&self, flags: c_uint) -> Result<JobResult> {
         let (mut kind, mut length) = (0, 0);
-        let (mut operation, mut elapsed) = (0, 0);
+        let (mut operation, mut elapsed, mut total) = (0, 0, 0);
         let mut words = ptr::null();
         let mut params = ptr::null_mut();
         // SAFETY: places for the answers; libvirt allocates the list, which is freed once, after the
@@ -304,6 +304,8 @@ impl Domain {
             sys::virTypedParamsGetInt(params, length, name, &raw mut operation);
             let name = sys::VIR_DOMAIN_JOB_TIME_ELAPSED.as_ptr();
             sys::virTypedParamsGetULLong(params, length, name, &raw mut elapsed);
+            let name = sys::VIR_DOMAIN_JOB_DISK_TOTAL.as_ptr();
+            sys::virTypedParamsGetULLong(params, length, name, &raw mut total);
             let name = sys::VIR_DOMAIN_JOB_ERRMSG.as_ptr();
             sys::virTypedParamsGetString(params, length, name, &raw mut words);
             let message = words
@@ -316,6 +318,7 @@ impl Domain {
             kind,
             operation,
             elapsed: Duration::from_millis(elapsed),
+            total,
             message,
         })
     }
@@ -364,6 +367,8 @@ pub(super) struct JobResult {
     pub(super) operation: c_int,
     /// How long it took.
     pub(super) elapsed: Duration,
+    /// Bytes there were to copy, all disks.
+    pub(super) total: u64,
     /// Why it failed.
     pub(super) message: Option<String>,
 }

@@ -68,8 +68,8 @@ pub(super) fn begin(
         let mark = mark.clone();
         move |domain: &Domain, _| undo_late(domain, &mark, name.as_deref())
     };
-    let begin = || {
-        shared.link.call_or_undo(
+    let begin = |link: &Link| {
+        link.call_or_undo(
             "begin a backup",
             move |domain| {
                 domain.begin_backup(&xml, checkpoint_xml.as_deref(), flags)?;

@@ -79,6 +79,14 @@ impl Link {
         }
     }
 
+    /// The same, with a deadline that is no later than this.
+    pub(super) fn within(&self, most: Duration) -> Self {
+        Self {
+            timeout: self.timeout.min(most),
+            ..self.clone()
+        }
+    }
+
     pub(super) fn timeout(&self) -> Duration {
         self.timeout
     }
@@ -276,6 +284,14 @@ pub(super) fn explain(fault: &Fault) -> Error {
                  there? docs/semantics.md, \"Who may do what\"; or choose another -o runtime=DIR",
             )
         }
+        _ if message.contains("Could not open") && message.contains("Permission denied") => {
+            error(Kind::NotPermitted).hint(
+                "QEMU's user must be able to enter the directory, and AppArmor or SELinux must let it: \
+                 choose another place",
+            )
+        }
+        _ if message.contains("have different sizes") => error(Kind::Invalid)
+            .hint("libvirt copies onto a target of just the disk's size"),
         _ if message.contains("NBD server already running") => {
             error(Kind::Busy).hint("somebody runs an NBD server in this QEMU; stop it first")
         }

@@ -397,8 +397,8 @@ impl Backend for Libvirt {
         choices(new)?;
         let shared = &self.shared;
         let xml = shared.checkpoint_xml(new);
-        let create = || {
-            shared.link.call_or_undo(
+        let create = |link: &Link| {
+            link.call_or_undo(
                 "create a checkpoint",
                 move |domain| domain.create_checkpoint(&xml, 0),
                 |_, checkpoint| {

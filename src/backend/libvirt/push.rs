@@ -113,7 +113,8 @@ impl Part {
             progress: Mutex::new(Progress {
                 state: JobState::Running,
                 done: 0,
-                total: 0,
+                // Of changes libvirt tells when it is asked, unless it is done by then.
+                total: if disk.base.is_none() { size } else { 0 },
             }),
         })
     }
@@ -181,6 +182,21 @@ impl PushSession {
     /// Breaks it off.
     fn abort(&self, shared: &Shared) -> Result<()> {
         self.settle(shared, JobState::Ended(Outcome::Aborted))
+    }
+
+    /// Notes how much was copied, as far as that is known: a job that was never seen to run tells of
+    /// all disks together.
+    fn note_total(&self, all: u64) {
+        let (mut known, mut unknown) = (0, Vec::new());
+        for part in &self.parts {
+            match part.progress.lock().total {
+                0 => unknown.push(part),
+                total => known += total,
+            }
+        }
+        if let [only] = unknown[..] {
+            only.progress.lock().total = all.saturating_sub(known);
+        }
     }
 
     /// Puts the targets on disk, which can take long, and only then says that it is completed.
@@ -313,6 +329,7 @@ impl Running for PushSession {
         if let Some(why) = self.failure(result.as_ref()) {
             return self.fail(shared, why);
         }
+        self.note_total(result.map_or(0, |r| r.total));
         self.closing.store(true, Ordering::Release);
         let (session, shared) = (Arc::clone(&self), Arc::clone(shared));
         let thread = std::thread::Builder::new().name("push".to_owned());

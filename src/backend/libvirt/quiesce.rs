@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use super::Shared;
 use super::ffi::Domain;
+use super::link::Link;
 use crate::model::{Error, Kind, Result};
 
-/// How long freezing may take. Whatever the guest has to write out has to be written by then; a Windows
-/// guest undoes a freeze by itself after ten seconds.
+/// How long freezing may take, and what is then done while all is frozen. Whatever the guest has to
+/// write out has to be written by then; a Windows guest undoes a freeze by itself after ten seconds.
 pub(super) const FREEZE: Duration = Duration::from_secs(10);
 
 /// What may be wrong when the agent does not answer.
@@ -24,16 +25,17 @@ pub(super) const HINT: &str = "does qemu-guest-agent run in the guest, and is it
 /// How often thawing is tried.
 const TRIES: u32 = 3;
 
-/// Does `work` while the guest's file systems are frozen, if that is wanted. A guest that could not be
-/// thawed is an error, and `undo` is then what happens to work that was done.
+/// Does `work`, over the link that it is given, while the guest's file systems are frozen, if that is
+/// wanted. A guest that could not be thawed is an error, and `undo` is then what happens to work that was
+/// done.
 pub(super) fn frozen<T>(
     shared: &Shared,
     wanted: bool,
-    work: impl FnOnce() -> Result<T>,
+    work: impl FnOnce(&Link) -> Result<T>,
     undo: impl FnOnce(T),
 ) -> Result<T> {
     if !wanted {
-        return work();
+        return work(&shared.link);
     }
     let freeze = |domain: &Domain| {
         domain.freeze().inspect_err(|_| {
@@ -48,7 +50,7 @@ pub(super) fn frozen<T>(
     };
     let what = "freeze the guest's file systems";
     shared.agent.call_or_undo(what, freeze, late)?;
-    let outcome = work();
+    let outcome = work(&shared.link.within(FREEZE));
     let Err(why) = thaw(shared) else {
         return outcome;
     };
