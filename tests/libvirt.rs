@@ -371,3 +371,85 @@ fn a_socket_that_qemu_may_not_make_is_a_refusal_that_says_so() {
     mount.mkdir("backups/b").unwrap();
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
+
+/// libvirt hands its bitmaps on to a snapshot's image, so that nothing is missed; a disk that was resized
+/// has places that no bitmap tells of, and libvirt says nothing of that.
+#[test]
+fn a_snapshot_breaks_nothing_and_a_resized_disk_does() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB, 4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    let write = |target, at: u64, pattern| {
+        let write = Write {
+            offset: at * MIB,
+            length: 65536,
+            pattern,
+        };
+        libvirtd.write(target, write);
+    };
+    let since = |mount: &Fleecefs, backup: &str, base: &str, disk: &str| {
+        let map = mount.read(&format!("backups/{backup}/since/{base}/{disk}.map"));
+        model::dirty_extents(&parse_map(&map))
+    };
+    mount.mkdir("checkpoints/mon").unwrap();
+    write("vda", 1, 1);
+    let snapshot = ["--disk-only", "--no-metadata"];
+    libvirtd.virsh(&[&["snapshot-create-as", "vm", "s"], &snapshot[..]].concat());
+    write("vda", 2, 2);
+    mount.mkdir("backups/tue").unwrap();
+    let both = [(MIB, 65536), (2 * MIB, 65536)];
+    assert_eq!(since(&mount, "tue", "mon", "vda"), both);
+    let bytes = std::fs::read(mount.path("backups/tue/raw/vda.raw")).unwrap();
+    assert_eq!((bytes[MIB as usize], bytes[2 * MIB as usize]), (1, 2));
+    mount.rmdir("backups/tue").unwrap();
+
+    libvirtd.virsh(&["blockresize", "vm", "vda", "12M"]);
+    write("vdb", 1, 3);
+    let broken = |mount: &Fleecefs, says: &str| {
+        let status = mount.read("checkpoints/tue/status");
+        assert!(status.contains(says), "{status}");
+    };
+    broken(&mount, "had 8388608 bytes then and has 12582912 now");
+    // What was seen outlives the mount.
+    let home = mount.umount();
+    libvirtd.virsh(&["blockresize", "vm", "vda", "16M"]);
+    let mount = self::mount(&libvirtd, home);
+    broken(&mount, "had 8388608 bytes then and has 16777216 now");
+    mount.mkdir("backups/wed").unwrap();
+    let map = std::fs::read(mount.path("backups/wed/since/tue/vda.map"));
+    assert!(map.is_err(), "{map:?}");
+    assert_eq!(
+        since(&mount, "wed", "tue", "vdb"),
+        [(MIB, 65536)],
+        "not resized"
+    );
+    let raw = mount.path("backups/wed/raw/vda.raw");
+    assert_eq!(std::fs::metadata(raw).unwrap().len(), 16 * MIB);
+    mount.rmdir("backups/wed").unwrap();
+    write("vda", 15, 4);
+    mount.mkdir("backups/thu").unwrap();
+    assert_eq!(since(&mount, "thu", "wed", "vda"), [(15 * MIB, 65536)]);
+    mount.rmdir("backups/thu").unwrap();
+    for checkpoint in ["mon", "tue", "wed", "thu"] {
+        mount.rmdir(&format!("checkpoints/{checkpoint}")).unwrap();
+    }
+    assert_eq!(names(&libvirtd), [] as [&str; 0]);
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// A bitmap that libvirt has no record of is in the way of a checkpoint of its name.
+#[test]
+fn a_bitmap_without_a_record_is_in_the_way() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "mon"]);
+    libvirtd.virsh(&["checkpoint-delete", "--metadata", "vm", "mon"]);
+    let mount = mount(&libvirtd, Home::new());
+    assert_eq!(errno(mount.mkdir("checkpoints/mon")), libc::EEXIST);
+    assert!(mount.last_error().contains("no record of it"));
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}

@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 use super::backup::Backup;
 use super::hub::Hub;
 use super::job::Job;
-use super::kept::in_order;
+use super::kept::take_over;
 use super::recovery::recover;
 use super::stamps::Tables;
 use super::status::{CheckpointStatus, disk_status};
@@ -105,7 +105,11 @@ impl Domain {
         let kept = backend.own_checkpoints()?;
         let mirrors = kept.is_some();
         match kept {
-            Some(kept) => changes.record.checkpoints = in_order(kept),
+            Some(kept) => {
+                if take_over(&mut changes.record, kept) {
+                    store.save(&changes.record)?;
+                }
+            }
             None => recover(&*backend, &store, &mut changes.record)?,
         }
         let newest = changes.record.checkpoints.last().map(|c| c.created);

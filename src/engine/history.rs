@@ -80,6 +80,13 @@ fn flaw(disk: &Disk, entry: &CheckpointDisk, newest: bool) -> Option<Broken> {
             entry.bitmap
         ));
     };
+    // Before what follows from it: libvirt cannot use a bitmap of another size than the disk's.
+    if entry.size != disk.size {
+        return Some(format!(
+            "the disk had {} bytes then and has {} now",
+            entry.size, disk.size
+        ));
+    }
     if bitmap.inconsistent {
         return Some(format!(
             "bitmap {} is inconsistent: the domain was not stopped cleanly",
@@ -90,12 +97,6 @@ fn flaw(disk: &Disk, entry: &CheckpointDisk, newest: bool) -> Option<Broken> {
         && then != now
     {
         return Some(format!("the disk was {then} then and is {now} now"));
-    }
-    if entry.size != disk.size {
-        return Some(format!(
-            "the disk had {} bytes then and has {} now",
-            entry.size, disk.size
-        ));
     }
     if newest && !bitmap.recording {
         return Some(format!(

@@ -2,11 +2,16 @@
 //! it as they like. The engine's record then only mirrors that one: it is taken over when the domain
 //! is opened, before each change and after it, and whenever the backend sees that it has changed. No
 //! intent is written down, since whatever became of a change is seen by looking.
+//!
+//! One thing nobody else remembers: how large a disk was when its checkpoint was made. A disk that was
+//! made smaller and larger again has zeros that no bitmap tells of. So the size at which a checkpoint was
+//! first seen is kept, and outlives the mount.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::domain::{Changes, Domain};
+use super::store::Record;
 use crate::model::{Checkpoint, Result};
 
 impl Domain {
@@ -33,19 +38,42 @@ impl Domain {
     }
 
     fn mirror(&self, changes: &mut Changes, kept: Vec<Checkpoint>) {
-        let kept = in_order(kept);
-        if kept != changes.record.checkpoints {
-            let newest = kept.last().map(|c| c.created);
-            changes.record.last_created = changes.record.last_created.max(newest);
-            changes.record.checkpoints = kept;
+        if take_over(&mut changes.record, kept) {
+            // Only sizes would be lost, and only if a disk is resized before the next one succeeds.
+            if let Err(e) = self.store.save(&changes.record) {
+                log::warn!("the sizes of disks are not remembered: {e}");
+            }
             self.publish(changes);
         }
     }
 }
 
+/// Makes the record say what the keeper's does; whether that was something new.
+pub(super) fn take_over(record: &mut Record, kept: Vec<Checkpoint>) -> bool {
+    let mut kept = in_order(kept);
+    for checkpoint in &mut kept {
+        let same = |c: &&Checkpoint| c.name == checkpoint.name && c.created == checkpoint.created;
+        let Some(known) = record.checkpoints.iter().find(same) else {
+            continue;
+        };
+        for entry in &mut checkpoint.disks {
+            if let Some(known) = known.disk(&entry.target) {
+                entry.size = known.size;
+            }
+        }
+    }
+    let new = kept != record.checkpoints;
+    if new {
+        let newest = kept.last().map(|c| c.created);
+        record.last_created = record.last_created.max(newest);
+        record.checkpoints = kept;
+    }
+    new
+}
+
 /// Oldest first, with times of their own: two that were made in one second differ by one here, since
 /// a time is what tells checkpoints apart in tables of stamps.
-pub(super) fn in_order(mut all: Vec<Checkpoint>) -> Vec<Checkpoint> {
+fn in_order(mut all: Vec<Checkpoint>) -> Vec<Checkpoint> {
     for place in 0..all.len() {
         let (before, rest) = all.split_at_mut(place);
         let Some(this) = rest.first_mut() else { break };
@@ -67,8 +95,32 @@ pub(super) fn in_order(mut all: Vec<Checkpoint>) -> Vec<Checkpoint> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Name;
+    use crate::model::{CheckpointDisk, Name};
     use std::time::SystemTime;
+
+    #[test]
+    fn the_size_at_first_sight_stays() {
+        let seen = |second, size| Checkpoint {
+            name: Name::new("a").unwrap(),
+            created: SystemTime::UNIX_EPOCH + Duration::from_secs(second),
+            parent: None,
+            description: None,
+            disks: vec![CheckpointDisk {
+                target: "vda".to_owned(),
+                bitmap: "a".to_owned(),
+                size,
+                image: None,
+                broken: None,
+            }],
+        };
+        let mut record = Record::default();
+        assert!(take_over(&mut record, vec![seen(10, 100)]));
+        assert!(!take_over(&mut record, vec![seen(10, 200)]));
+        assert_eq!(record.checkpoints, [seen(10, 100)]);
+        // Another one of the same name.
+        assert!(take_over(&mut record, vec![seen(11, 200)]));
+        assert_eq!(record.checkpoints, [seen(11, 200)]);
+    }
 
     #[test]
     fn one_second_is_one_checkpoints() {

@@ -290,6 +290,10 @@ pub(super) fn explain(fault: &Fault) -> Error {
                  choose another place",
             )
         }
+        _ if message.contains("Bitmap already exists") => error(Kind::Exists).hint(
+            "a bitmap of that name is in an image, and libvirt has no record of it: redefine its \
+             checkpoint, remove it (qemu-img bitmap --remove), or choose another name",
+        ),
         _ if message.contains("have different sizes") => error(Kind::Invalid)
             .hint("libvirt copies onto a target of just the disk's size"),
         _ if message.contains("NBD server already running") => {

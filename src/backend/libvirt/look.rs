@@ -9,6 +9,8 @@ use std::fs::File;
 use std::io::Read;
 use std::time::{Duration, SystemTime};
 
+use virt_sys as sys;
+
 use super::ffi::{self, Domain};
 use super::link::Link;
 use crate::model::{Bitmap, Checkpoint, CheckpointDisk, Disk, Error, Kind, Result};
@@ -89,7 +91,19 @@ fn checkpoints(domain: &Domain, sizes: bool) -> ffi::Result<Vec<String>> {
         std::thread::sleep(AGAIN);
         domain.checkpoints()
     })?;
-    all.iter().map(|c| c.xml(sizes)).collect()
+    all.iter().map(|c| described(c, sizes)).collect()
+}
+
+/// A checkpoint's document. One of which QEMU cannot tell the sizes, as after a snapshot and a resize of a
+/// disk, is described without: it is not to be trusted, and the others are none the worse.
+fn described(checkpoint: &ffi::Checkpoint, sizes: bool) -> ffi::Result<String> {
+    match checkpoint.xml(sizes) {
+        Err(fault) if sizes && fault.code == sys::VIR_ERR_INTERNAL_ERROR => {
+            log::debug!("checkpoint {}: {}", checkpoint.name(), fault.message);
+            checkpoint.xml(false)
+        }
+        document => document,
+    }
 }
 
 fn odd(what: &str, error: &crate::xml::Error) -> Error {
@@ -108,7 +122,7 @@ fn checkpoint(document: &CheckpointDocument, size: impl Fn(&str) -> u64) -> Opti
         Some(CheckpointDisk {
             target: disk.name.clone(),
             bitmap: bitmap.name.clone().unwrap_or_else(|| name.to_string()),
-            // libvirt says nothing of the size at the time, and sees to resizing itself.
+            // libvirt says nothing of the size at the time; the engine remembers it.
             size: size(&disk.name),
             // Nor does it say which image it was: it goes by snapshots itself.
             image: None,
