@@ -439,6 +439,46 @@ fn a_snapshot_breaks_nothing_and_a_resized_disk_does() {
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
 
+/// A domain that was saved and restored knows its bitmaps only when it runs again; until then nothing is
+/// said of them, lest a checkpoint seem broken that is not.
+#[test]
+fn a_saved_domain_keeps_its_checkpoints() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    mount.mkdir("checkpoints/mon").unwrap();
+    let write = |at: u64| {
+        let write = Write {
+            offset: at * MIB,
+            length: 65536,
+            pattern: 1,
+        };
+        libvirtd.write("vda", write);
+    };
+    write(1);
+    let saved = libvirtd.dir().join("saved");
+    libvirtd.virsh(&["resume", "vm"]);
+    libvirtd.virsh(&["save", "vm", text(&saved)]);
+    libvirtd.virsh(&["restore", "--paused", text(&saved)]);
+    eventually("the domain's return", DEADLINE, || {
+        let status = mount.read("status");
+        status.contains("state: connected").then_some(())
+    });
+    assert_eq!(errno(mount.mkdir("backups/early")), libc::EBUSY);
+    let said = mount.last_error();
+    assert!(said.contains("has not run since"), "{said}");
+    libvirtd.virsh(&["resume", "vm"]);
+    libvirtd.virsh(&["suspend", "vm"]);
+    write(2);
+    mount.mkdir("backups/tue").unwrap();
+    let map = parse_map(&mount.read("backups/tue/since/mon/vda.map"));
+    let both = [(MIB, 65536), (2 * MIB, 65536)];
+    assert_eq!(model::dirty_extents(&map), both);
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
 /// A bitmap that libvirt has no record of is in the way of a checkpoint of its name.
 #[test]
 fn a_bitmap_without_a_record_is_in_the_way() {

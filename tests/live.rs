@@ -487,3 +487,69 @@ fn a_second_mount_leaves_the_backups_of_the_first_alone() {
     assert_eq!(content(&backup, 0)[0], 0);
     domain.close().unwrap();
 }
+
+/// Another QEMU writes to the disks until a migration has arrived, and once one has left: neither side
+/// makes a checkpoint then, which would miss that. One that was made before moves along.
+#[test]
+fn a_migration_takes_its_checkpoints_along() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let dir = tools::temp_dir();
+    let path = dir.path().join("vda.qcow2");
+    image::create(&path, "qcow2", 4 * MIB, "");
+    let build = || Qemu::build().disk("vda", &path, "qcow2").paused();
+    let source = build().start();
+    let here = open(&source.socket(), &places(dir.path()), dir.path());
+    here.create_checkpoint(name("mon")).unwrap();
+    source.guest_write("vda", 0, 4096, 1);
+
+    let target = build().args(&["-incoming", "defer"]).start();
+    let there = |state: &str| {
+        open(
+            &target.socket(),
+            &places(dir.path()),
+            &dir.path().join(state),
+        )
+    };
+    let refused = |domain: &Domain, says: &str| {
+        let before = target.state();
+        let backup = domain.begin_backup(name("x")).map(drop);
+        for error in [domain.create_checkpoint(name("x")), backup].map(Result::unwrap_err) {
+            assert_eq!(error.kind(), Kind::Busy, "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        }
+        assert_eq!(target.state(), before);
+    };
+    let early = there("early");
+    refused(&early, "waits for a migration");
+    let socket = dir.path().join("migration.sock");
+    let uri = serde_json::json!({"uri": format!("unix:{}", socket.display())});
+    target.cmd("migrate-incoming", uri.clone());
+    source.guest_write("vda", MIB, 4096, 2);
+    source.cmd("migrate", uri);
+    for qemu in [&source, &target] {
+        tools::eventually("the migration", Duration::from_secs(60), || {
+            let status = qemu.cmd("query-migrate", serde_json::json!({}));
+            (status["status"] == "completed").then_some(())
+        });
+    }
+    refused(&here, "migrated away");
+    here.close().unwrap();
+    drop(here);
+    if target.status() != "running" && !common::qemu::is_before_10() {
+        refused(&early, "inactive");
+    }
+    early.close().unwrap();
+    target.cmd("cont", serde_json::json!({}));
+    target.guest_write("vda", 2 * MIB, 4096, 3);
+
+    // The same record of checkpoints, on the other host.
+    let domain = open(&target.socket(), &places(dir.path()), dir.path());
+    let backup = domain.begin_backup(name("tue")).unwrap();
+    assert_eq!(
+        since(&backup, 0, "mon"),
+        [0, MIB, 2 * MIB].map(|at| (at, GRANULE))
+    );
+    let bytes = content(&backup, 0);
+    assert_eq!([0, MIB, 2 * MIB].map(|at| bytes[at as usize]), [1, 2, 3]);
+    domain.close().unwrap();
+}

@@ -108,6 +108,14 @@ pub fn is_before_8() -> bool {
     !iothread_writes()
 }
 
+/// Is it a QEMU that does not tell whether an image is its own to write?
+pub fn is_before_10() -> bool {
+    let said = super::tools::run("qemu-system-x86_64", &["--version"]);
+    ["7.", "8.", "9."]
+        .iter()
+        .any(|v| said.contains(&format!("version {v}")))
+}
+
 /// A running QEMU. Dropped, it is ended and its directory removed.
 pub struct Qemu {
     child: Child,

@@ -43,6 +43,13 @@ struct Answers {
 pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
     let answers = link.call("look at the domain", move |domain| {
         let xml = domain.xml()?;
+        let (state, reason) = domain.state()?;
+        let elsewhere = state as sys::virDomainState == sys::VIR_DOMAIN_PAUSED
+            && reason as u32 == sys::VIR_DOMAIN_PAUSED_MIGRATION;
+        if bitmaps && elsewhere {
+            // Its disks are not its own yet, or no longer: QEMU tells nothing of their bitmaps.
+            return Ok(None);
+        }
         // What cannot be read here is refused below.
         let disks = LiveDomain::read(xml.as_bytes()).unwrap_or_default().disks;
         let mut sizes = HashMap::new();
@@ -50,11 +57,18 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
             let size = domain.capacity(&disk.target)?;
             sizes.insert(disk.target, size);
         }
-        Ok(Answers {
+        Ok(Some(Answers {
             xml,
             sizes,
             checkpoints: checkpoints(domain, bitmaps)?,
-        })
+        }))
+    })?;
+    let answers = answers.ok_or_else(|| {
+        Error::new(
+            Kind::Busy,
+            "the domain is being migrated, or was restored and has not run since",
+        )
+        .hint("wait for the migration; virsh resume lets a restored domain run")
     })?;
     let domain = LiveDomain::read(answers.xml.as_bytes()).map_err(|e| odd("domain", &e))?;
     let documents = answers

@@ -37,6 +37,8 @@ pub(super) struct Node {
     drv: String,
     #[serde(default)]
     ro: bool,
+    /// Not said before QEMU 10.0.
+    active: Option<bool>,
     #[serde(default)]
     file: Option<String>,
     image: Image,
@@ -96,6 +98,9 @@ struct DirtyBitmap {
 pub(super) struct DiskNode {
     pub(super) node: String,
     pub(super) disk: Disk,
+    /// The image is not this QEMU's to write, as before a migration has arrived and after one has left:
+    /// another one may write to it, and what that writes is in no bitmap here.
+    pub(super) inactive: bool,
 }
 
 /// Where the list of disks comes from.
@@ -201,6 +206,7 @@ fn disk_of(target: String, name: String, node: &Node) -> DiskNode {
     });
     DiskNode {
         node: name,
+        inactive: node.active == Some(false),
         disk: Disk {
             target,
             size: node.image.virtual_size,
