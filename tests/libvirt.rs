@@ -493,3 +493,56 @@ fn a_bitmap_without_a_record_is_in_the_way() {
     assert!(mount.last_error().contains("no record of it"));
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
+
+/// A disk that another process serves cannot be frozen: it is named, and the others can be backed up.
+#[test]
+fn a_disk_of_another_process_is_refused_by_name() {
+    need!("qemu-storage-daemon", "qemu-img");
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    let (image, socket) = (libvirtd.image("vdb"), libvirtd.dir().join("vhost.sock"));
+    common::image::create(&image, "qcow2", 4 * MIB, "");
+    let node = format!(
+        "qcow2,node-name=disk,file.driver=file,file.filename={}",
+        text(&image)
+    );
+    let export = format!(
+        "vhost-user-blk,id=disk,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+        text(&socket)
+    );
+    let daemon = Command::new("qemu-storage-daemon")
+        .args([
+            "--blockdev",
+            &format!("driver={node}"),
+            "--export",
+            &format!("type={export}"),
+        ])
+        .spawn();
+    let _daemon = Ends(daemon.unwrap());
+    eventually("the daemon", DEADLINE, || socket.exists().then_some(()));
+    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let more = format!(
+        "<disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/>\
+         <source type='unix' path='{}'/><target dev='vdb' bus='virtio'/></disk>",
+        text(&socket)
+    );
+    libvirtd.domain_with(&[4 * MIB], &more);
+    let mount = mount(&libvirtd, Home::new());
+    assert_eq!(errno(mount.mkdir("backups/all")), libc::EOPNOTSUPP);
+    let said = mount.last_error();
+    assert!(said.contains("disk vdb cannot be backed up"), "{said}");
+    let document = "<domainbackup mode='pull'><disks><disk name='vda'/></disks></domainbackup>";
+    std::fs::write(mount.path("backups/one.xml"), document).unwrap();
+    assert_eq!(mount.list("backups/one/raw"), ["vda.raw"]);
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// A process that is ended with the test.
+struct Ends(std::process::Child);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        common::process::end(&mut self.0, Duration::from_secs(5));
+    }
+}

@@ -30,6 +30,8 @@ pub struct SimDisk {
     pub inconsistent: Vec<String>,
     /// Why the disk cannot carry bitmaps.
     pub no_checkpoint: Option<String>,
+    /// Why it cannot be frozen.
+    pub no_backup: Option<String>,
 }
 
 #[derive(Default)]
@@ -272,6 +274,7 @@ impl Backend for Sim {
                 size: disk.data.len() as u64,
                 format: "qcow2".to_owned(),
                 file: Some(format!("/images/{target}.qcow2")),
+                no_backup: disk.no_backup.clone(),
                 no_checkpoint: disk.no_checkpoint.clone(),
                 bitmaps: disk
                     .bitmaps

@@ -482,6 +482,13 @@ fn taking_part(disks: &[Disk], request: &BackupRequest) -> Result<Vec<Disk>> {
     let mut found = Vec::new();
     for target in wanted {
         let disk = disk_of(disks, target)?;
+        if let Some(why) = &disk.no_backup {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("disk {target} cannot be backed up: {why}"),
+            )
+            .hint("leave it out: a document backups/NAME.xml that lists the other disks"));
+        }
         if disk.size == 0 {
             return Err(Error::new(
                 Kind::Unsupported,

@@ -57,7 +57,8 @@ pub(super) fn take_over(record: &mut Record, kept: Vec<Checkpoint>) -> bool {
             continue;
         };
         for entry in &mut checkpoint.disks {
-            if let Some(known) = known.disk(&entry.target) {
+            // 0 is of a disk whose size could not be told.
+            if let Some(known) = known.disk(&entry.target).filter(|known| known.size != 0) {
                 entry.size = known.size;
             }
         }

@@ -22,6 +22,8 @@ pub struct Disk {
     pub format: String,
     /// The image, where it is a file or a device.
     pub file: Option<String>,
+    /// Why the disk cannot be frozen, if it cannot: QEMU does not read and write it itself.
+    pub no_backup: Option<String>,
     /// Why the disk cannot carry a persistent dirty bitmap, if it cannot.
     pub no_checkpoint: Option<String>,
     /// The dirty bitmaps on the disk's top node, whoever made them.

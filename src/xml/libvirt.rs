@@ -25,8 +25,6 @@ pub struct LiveDisk {
     pub format: String,
     /// The image, where it is a file or a block device.
     pub file: Option<String>,
-    /// Several domains may write to it.
-    pub shareable: bool,
 }
 
 impl LiveDomain {
@@ -97,7 +95,6 @@ fn disk(element: &Element<'_>) -> Option<LiveDisk> {
         target: attribute(child(element, "target")?, "dev")?.to_owned(),
         format: driver.unwrap_or("raw").to_owned(),
         file: file.map(str::to_owned),
-        shareable: child(element, "shareable").is_some(),
     })
 }
 
@@ -127,7 +124,7 @@ mod tests {
             b"<domain type='kvm' id='3'><name>vm</name><novel x='1'/><devices>
               <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
                 <source file='/i/a&amp;b' index='2'/><target dev='vda' bus='virtio'/></disk>
-              <disk type='block'><source dev='/dev/vg/x'/><target dev='sdb'/><shareable/></disk>
+              <disk type='block'><source dev='/dev/vg/x'/><target dev='sdb'/></disk>
               <disk type='file' device='cdrom'><source file='/x.iso'/><target dev='sda'/></disk>
               <disk type='file'><source file='/r'/><target dev='vdr'/><readonly/></disk>
               <disk type='file'><target dev='vdx'/></disk>
@@ -137,17 +134,16 @@ mod tests {
               </seclabel></domain>",
         )
         .unwrap();
-        let disk = |target: &str, format: &str, file: &str, shareable| LiveDisk {
+        let disk = |target: &str, format: &str, file: &str| LiveDisk {
             target: target.into(),
             format: format.into(),
             file: Some(file.into()),
-            shareable,
         };
         assert_eq!(
             domain.disks,
             [
-                disk("vda", "qcow2", "/i/a&b", false),
-                disk("sdb", "raw", "/dev/vg/x", true)
+                disk("vda", "qcow2", "/i/a&b"),
+                disk("sdb", "raw", "/dev/vg/x")
             ]
         );
         assert_eq!(domain.owner, Some((64055, 108)));

@@ -142,6 +142,11 @@ impl Libvirtd {
 
     /// Defines domain `vm` with qcow2 disks of these sizes, `vda` and so on, and starts it, paused.
     pub fn domain(&self, sizes: &[u64]) {
+        self.domain_with(sizes, "");
+    }
+
+    /// The same, with more devices.
+    pub fn domain_with(&self, sizes: &[u64], devices: &str) {
         let mut disks = String::new();
         for (target, size) in ["vda", "vdb", "vdc"].iter().zip(sizes) {
             let path = self.image(target);
@@ -157,8 +162,9 @@ impl Libvirtd {
         let qemu = find("qemu-system-x86_64").unwrap();
         let document = format!(
             "<domain type='qemu'><name>vm</name><memory unit='MiB'>16</memory><vcpu>1</vcpu>\
+             <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\
              <os><type arch='x86_64' machine='pc'>hvm</type></os><devices>\
-             <emulator>{}</emulator>{disks}\
+             <emulator>{}</emulator>{disks}{devices}\
              <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>\
              <controller type='usb' model='none'/><memballoon model='none'/>\
              </devices></domain>",

@@ -35,7 +35,8 @@ pub(super) struct Look {
 /// libvirt's answers.
 struct Answers {
     xml: String,
-    sizes: HashMap<String, u64>,
+    /// Of each disk its size, or why QEMU does not know it.
+    sizes: HashMap<String, std::result::Result<u64, String>>,
     checkpoints: Vec<String>,
 }
 
@@ -50,11 +51,19 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
             // Its disks are not its own yet, or no longer: QEMU tells nothing of their bitmaps.
             return Ok(None);
         }
+        let active = domain.is_active()?;
         // What cannot be read here is refused below.
         let disks = LiveDomain::read(xml.as_bytes()).unwrap_or_default().disks;
         let mut sizes = HashMap::new();
         for disk in disks {
-            let size = domain.capacity(&disk.target)?;
+            let size = match domain.capacity(&disk.target) {
+                // A vhost-user disk is another process'; and of a stopped domain libvirt itself would
+                // have to find the image, which it can where that is a file.
+                Err(fault) if !active || fault.code == sys::VIR_ERR_OPERATION_UNSUPPORTED => {
+                    Err(fault.message)
+                }
+                size => Ok(size?),
+            };
             sizes.insert(disk.target, size);
         }
         Ok(Some(Answers {
@@ -76,12 +85,14 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
         .iter()
         .map(|xml| CheckpointDocument::read(xml.as_bytes()).map_err(|e| odd("checkpoint", &e)))
         .collect::<Result<Vec<_>>>()?;
-    let size = |target: &str| answers.sizes.get(target).copied().unwrap_or(0);
+    let known = |target: &str| answers.sizes.get(target);
+    let size = |target: &str| known(target).and_then(|s| s.clone().ok()).unwrap_or(0);
     let disks = domain.disks.iter().map(|disk| Disk {
         target: disk.target.clone(),
         size: size(&disk.target),
         format: disk.format.clone(),
         file: disk.file.clone(),
+        no_backup: known(&disk.target).and_then(|s| s.clone().err()),
         no_checkpoint: no_checkpoint(disk),
         bitmaps: if bitmaps {
             bitmaps_of(&disk.target, &documents)

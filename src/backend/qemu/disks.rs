@@ -212,6 +212,7 @@ fn disk_of(target: String, name: String, node: &Node) -> DiskNode {
             size: node.image.virtual_size,
             format: node.drv.clone(),
             file: node.file.clone(),
+            no_backup: None,
             no_checkpoint,
             bitmaps: bitmaps.collect(),
         },
