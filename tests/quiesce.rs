@@ -24,7 +24,12 @@ const MIB: u64 = 1 << 20;
 enum Agent {
     Freezes,
     Refuses,
+    /// Its answer comes when it is told to thaw.
     Hangs,
+    /// Hangs up.
+    Dies,
+    /// Says that somebody else has frozen the guest.
+    IsFrozen,
 }
 
 /// Runs `work` with a domain whose agent behaves so: what the agent was told, each with whether the
@@ -55,11 +60,20 @@ fn with_agent(f: &Fixture, agent: Agent, work: impl FnOnce(&Domain)) -> Vec<(Str
                                 .unwrap();
                             json!({"return": command["arguments"]["id"]})
                         }
+                        "guest-fsfreeze-status" => match agent {
+                            Agent::IsFrozen => json!({"return": "frozen"}),
+                            _ => json!({"return": "thawed"}),
+                        },
                         _ => {
                             let there = f.qemu.dirty_bytes("vda", "b").is_some();
                             told.lock().unwrap().push((word.clone(), there));
                             match (word.as_str(), agent) {
                                 ("guest-fsfreeze-freeze", Agent::Hangs) => continue,
+                                ("guest-fsfreeze-freeze", Agent::Dies) => break,
+                                ("guest-fsfreeze-thaw", Agent::Hangs) => {
+                                    writeln!(out, "{}", json!({"return": 2})).unwrap();
+                                    json!({"return": 2})
+                                }
                                 ("guest-fsfreeze-freeze", Agent::Refuses) => {
                                     json!({"error": {"class": "GenericError", "desc": "no fs"}})
                                 }
@@ -131,7 +145,11 @@ fn a_checkpoint_is_quiesced_if_that_is_asked_for() {
 #[test]
 fn a_freeze_that_fails_refuses_the_backup_and_thaws() {
     need!("qemu-system-x86_64", "qemu-img");
-    for (agent, kind) in [(Agent::Refuses, Kind::Io), (Agent::Hangs, Kind::TimedOut)] {
+    for (agent, kind) in [
+        (Agent::Refuses, Kind::Io),
+        (Agent::Hangs, Kind::TimedOut),
+        (Agent::Dies, Kind::NotConnected),
+    ] {
         let f = fixture(&[4 * MIB]);
         f.domain.close().unwrap();
         let before = f.qemu.state();
@@ -151,6 +169,22 @@ fn a_freeze_that_fails_refuses_the_backup_and_thaws() {
         assert_eq!(told, [freeze(false), thaw(false)]);
         assert_eq!(f.qemu.state(), before);
     }
+}
+
+/// Somebody else relies on it, and has to thaw.
+#[test]
+fn what_others_froze_is_not_thawed() {
+    need!("qemu-system-x86_64", "qemu-img");
+    let f = fixture(&[4 * MIB]);
+    f.domain.close().unwrap();
+    let told = with_agent(&f, Agent::IsFrozen, |domain| {
+        let Err(refused) = domain.begin_backup(name("b")) else {
+            panic!("it began");
+        };
+        assert_eq!(refused.kind(), Kind::Busy, "{refused}");
+        assert!(refused.to_string().contains("frozen already"), "{refused}");
+    });
+    assert_eq!(told, []);
 }
 
 #[test]

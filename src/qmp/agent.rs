@@ -7,6 +7,7 @@
 //! a size. Not the `qapi` crate's client: that one has no deadlines.
 
 use std::io::{self, Read};
+use std::mem;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -28,10 +29,14 @@ const LONGEST: usize = 4096;
 pub struct Agent {
     socket: UnixStream,
     deadline: Deadline,
+    /// Commands whose answers have not come. The agent does one after the other, however long it takes.
+    owed: u32,
+    /// What has come of the next line.
+    line: Vec<u8>,
 }
 
 impl Agent {
-    /// Connects and sees that the agent answers. `timeout` is for the whole conversation.
+    /// Connects and sees that the agent answers. `timeout` is for this and for freezing.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self> {
         let deadline = Deadline::after(timeout);
         let socket = socket::connect(path, deadline).map_err(|e| {
@@ -41,7 +46,12 @@ impl Agent {
             );
             Error::new(Kind::NotConnected, what).hint("is -o guest-agent= right?")
         })?;
-        let mut agent = Self { socket, deadline };
+        let mut agent = Self {
+            socket,
+            deadline,
+            owed: 0,
+            line: Vec::new(),
+        };
         // Any number that a conversation before will not have had.
         let id =
             std::process::id().wrapping_mul(1000) + deadline.remaining().subsec_micros() % 1000;
@@ -56,28 +66,52 @@ impl Agent {
         }
     }
 
+    /// Whether the guest's file systems are frozen, as far as the agent knows and says.
+    pub fn is_frozen(&mut self) -> Result<bool> {
+        let answer = self.execute("guest-fsfreeze-status")?;
+        Ok(answer["return"] == "frozen")
+    }
+
     /// Freezes the guest's file systems; how many.
     pub fn freeze(&mut self) -> Result<u64> {
-        self.execute("guest-fsfreeze-freeze")
+        count(
+            &self.execute("guest-fsfreeze-freeze")?,
+            "guest-fsfreeze-freeze",
+        )
     }
 
-    /// Thaws the guest's file systems; how many.
-    pub fn thaw(&mut self) -> Result<u64> {
-        self.execute("guest-fsfreeze-thaw")
+    /// Tells the agent to thaw the guest's file systems, also one that is still at an earlier command:
+    /// it finds this one when it is done.
+    pub fn tell_to_thaw(&mut self) -> Result<()> {
+        self.tell("guest-fsfreeze-thaw")
     }
 
-    fn execute(&mut self, command: &str) -> Result<u64> {
+    /// Waits until the agent that was told to has thawed them; how many. Can be repeated after a silence.
+    pub fn thawed(&mut self, timeout: Duration) -> Result<u64> {
+        self.deadline = Deadline::after(timeout);
+        count(&self.last_answer()?, "guest-fsfreeze-thaw")
+    }
+
+    fn execute(&mut self, command: &str) -> Result<Value> {
+        self.tell(command)?;
+        self.last_answer()
+    }
+
+    fn tell(&mut self, command: &str) -> Result<()> {
         self.send(format!("{}\n", json!({"execute": command})).as_bytes())?;
-        let answer = self.answer()?;
-        answer["return"].as_u64().ok_or_else(|| {
-            let why = answer["error"]["desc"]
-                .as_str()
-                .unwrap_or("it said neither");
-            Error::new(
-                Kind::Io,
-                format!("the guest agent refused {command}: {why:?}"),
-            )
-        })
+        self.owed += 1;
+        Ok(())
+    }
+
+    /// The answer to the last command, past those to commands before it that come too late.
+    fn last_answer(&mut self) -> Result<Value> {
+        loop {
+            let answer = self.answer()?;
+            self.owed = self.owed.saturating_sub(1);
+            if self.owed == 0 {
+                return Ok(answer);
+            }
+        }
     }
 
     fn send(&self, bytes: &[u8]) -> Result<()> {
@@ -90,18 +124,17 @@ impl Agent {
 
     /// The next line, which must be an object.
     fn answer(&mut self) -> Result<Value> {
-        let mut line = Vec::new();
         loop {
             match self.byte()? {
-                b'\n' if line.is_empty() => {}
+                b'\n' if self.line.is_empty() => {}
                 b'\n' => break,
-                _ if line.len() == LONGEST => {
+                _ if self.line.len() == LONGEST => {
                     return Err(Error::new(Kind::Io, "the guest agent's answer has no end"));
                 }
-                byte => line.push(byte),
+                byte => self.line.push(byte),
             }
         }
-        serde_json::from_slice(&line)
+        serde_json::from_slice(&mem::take(&mut self.line))
             .map_err(|_| Error::new(Kind::Io, "the guest agent's answer is not JSON"))
     }
 
@@ -127,6 +160,19 @@ impl Agent {
             }
         }
     }
+}
+
+/// The number that a command was answered with.
+fn count(answer: &Value, command: &str) -> Result<u64> {
+    answer["return"].as_u64().ok_or_else(|| {
+        let why = answer["error"]["desc"]
+            .as_str()
+            .unwrap_or("it said neither");
+        Error::new(
+            Kind::Io,
+            format!("the guest agent refused {command}: {why:?}"),
+        )
+    })
 }
 
 fn silent() -> Error {

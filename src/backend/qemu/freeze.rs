@@ -280,7 +280,10 @@ impl Session {
         // The frozen copies come first: what a copy is taken of must not have been switched off by
         // an action that a later version might not see as simultaneous.
         actions.splice(0..0, self.parts.iter().flat_map(Part::actions));
-        shared.in_silence(|| quiesce::frozen(&shared.places, || monitor.transaction(actions)))?;
+        // In this order: a guest that is slow to freeze must not hold up who reads other backups.
+        quiesce::frozen(shared, || {
+            shared.in_silence(|| monitor.transaction(actions))
+        })?;
 
         for part in &self.parts {
             if !self.server.load(Ordering::Acquire) {

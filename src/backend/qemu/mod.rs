@@ -24,6 +24,7 @@ use self::freeze::Session;
 pub(super) use self::link::Link;
 use self::monitor::Monitor;
 use self::push::PushSession;
+use self::quiesce::LateThaw;
 use self::server::Server;
 use super::rundir::{self, RunDir};
 use super::source::Places;
@@ -73,6 +74,7 @@ struct Shared {
     pushes: Mutex<Vec<Arc<PushSession>>>,
     /// Held by each of our requests to the NBD server, and by what changes the block graph alone.
     traffic: RwLock<()>,
+    late_thaw: LateThaw,
     /// Who is told of what happens by itself.
     listener: OnceLock<Listener>,
 }
@@ -122,6 +124,7 @@ impl Qemu {
             sessions: Mutex::default(),
             pushes: Mutex::default(),
             traffic: RwLock::new(()),
+            late_thaw: LateThaw::default(),
             listener: OnceLock::new(),
         });
         let guard = guard::start(&shared);
@@ -433,8 +436,7 @@ impl Backend for Qemu {
         match (new.quiesce, &self.shared.places.guest_agent) {
             (false, _) => monitor.transaction(actions),
             (true, Some(agent)) => {
-                let timeout = self.shared.places.timeout;
-                quiesce::frozen_by(agent, timeout, || monitor.transaction(actions))
+                quiesce::frozen_by(&self.shared, agent, || monitor.transaction(actions))
             }
             (true, None) => Err(Error::new(
                 Kind::Unsupported,
@@ -482,6 +484,7 @@ impl Backend for Qemu {
         if let Some(daemon) = self.daemon.lock().take() {
             result = result.and(daemon.quit(&self.shared.link, self.shared.places.timeout));
         }
+        self.shared.late_thaw.close();
         self.shared.link.close();
         self.shared.rundir.remove();
         result

@@ -218,7 +218,9 @@ impl PushSession {
         if let Some(new) = checkpoint {
             actions.extend(shared.checkpoint_actions(new)?);
         }
-        shared.in_silence(|| quiesce::frozen(&shared.places, || monitor.transaction(actions)))
+        quiesce::frozen(shared, || {
+            shared.in_silence(|| monitor.transaction(actions))
+        })
     }
 
     fn undo(&self, shared: &Shared, checkpoint: Option<&NewCheckpoint>, why: &Error) -> Result<()> {

@@ -1,57 +1,152 @@
 //! The instant of a backup with the guest's file systems frozen, so that what is copied is as after a
 //! sync and not as after a power cut.
 //!
-//! A guest that stays frozen hangs. So they are thawed in every outcome, in a conversation of its own:
-//! the one that froze may have ended in a silence, with the agent still at it.
+//! A guest that stays frozen hangs. So they are thawed in every outcome, and in the conversation in
+//! which they were frozen, for three reasons. The channel serves one client at a time, so nobody gets in
+//! between. An agent that is still at the freeze when nobody waits for it any more will freeze in the
+//! end, and has to find there what it is to do next. And it has to find somebody there: qemu-ga (7.2,
+//! `ga_channel_write_all`) spins for as long as nobody takes its answer, and gets no further. So after a
+//! freeze that was not answered a thread stays on the line.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::backend::Places;
-use crate::model::Result;
+use parking_lot::Mutex;
+
+use super::Shared;
+use crate::backend::watch::Watcher;
+use crate::model::{Error, Kind, Result};
 use crate::qmp::Agent;
 
 /// How long freezing may take. Whatever the guest has to write out has to be written by then; a Windows
 /// guest undoes a freeze by itself after ten seconds.
 const FREEZE: Duration = Duration::from_secs(10);
 
-/// How often thawing is tried.
-const TRIES: u32 = 3;
-
 /// Does `work` while the guest's file systems are frozen, if the mount says so.
-pub(super) fn frozen<T>(places: &Places, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    match &places.guest_agent {
-        Some(agent) if places.quiesce => frozen_by(agent, places.timeout, work),
+pub(super) fn frozen<T>(shared: &Shared, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    match &shared.places.guest_agent {
+        Some(agent) if shared.places.quiesce => frozen_by(shared, agent, work),
         _ => work(),
     }
 }
 
 /// Does `work` while the guest's file systems are frozen by the agent behind the socket `path`.
 pub(super) fn frozen_by<T>(
+    shared: &Shared,
     path: &Path,
-    timeout: Duration,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
-    let timeout = FREEZE.min(timeout);
+    let timeout = FREEZE.min(shared.places.timeout);
+    let during = |e: Error| e.during("freeze file systems");
     // Nothing was asked for yet that would have to be undone.
-    let mut agent = Agent::connect(path, timeout).map_err(|e| e.during("freeze file systems"))?;
-    let asked = agent.freeze();
-    if let Ok(count) = &asked {
-        log::debug!("the guest froze {count} file systems");
+    let mut agent = Agent::connect(path, timeout).map_err(during)?;
+    if agent.is_frozen().map_err(during)? {
+        // Not ours to thaw: whoever froze them relies on it.
+        return Err(during(
+            Error::new(Kind::Busy, "the guest's file systems are frozen already").hint(
+                "wait until whoever froze them has thawed them; if nobody will, send \
+                 {\"execute\":\"guest-fsfreeze-thaw\"} to the agent",
+            ),
+        ));
     }
-    let outcome = asked
-        .map_err(|e| e.during("freeze file systems"))
-        .and_then(|_| work());
-    drop(agent);
-    let mut thawed = Ok(0);
-    for _ in 0..TRIES {
-        thawed = Agent::connect(path, timeout).and_then(|mut agent| agent.thaw());
-        if thawed.is_ok() {
-            break;
+    let mut asked = Asked {
+        agent: Some(agent),
+        patience: timeout,
+        late: &shared.late_thaw,
+        path,
+        timeout,
+    };
+    asked.freeze().map_err(during)?;
+    work()
+}
+
+/// An agent that is asked to freeze. Dropped, it is told to thaw.
+struct Asked<'a> {
+    agent: Option<Agent>,
+    /// How long its answer to that is waited for here.
+    patience: Duration,
+    late: &'a LateThaw,
+    path: &'a Path,
+    timeout: Duration,
+}
+
+impl Asked<'_> {
+    fn freeze(&mut self) -> Result<()> {
+        let Some(agent) = &mut self.agent else {
+            return Ok(());
+        };
+        let asked = agent.freeze();
+        match &asked {
+            Ok(count) => log::debug!("the guest froze {count} file systems"),
+            // Whoever waits for the freeze has waited long enough.
+            Err(e) if e.kind() == Kind::TimedOut => self.patience = Duration::ZERO,
+            Err(_) => {}
+        }
+        asked.map(drop)
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        let Some(mut agent) = self.agent.take() else {
+            return;
+        };
+        let told = agent.tell_to_thaw();
+        match told.and_then(|()| agent.thawed(self.patience)) {
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), Kind::TimedOut | Kind::NotConnected) => {
+                log::warn!("waiting for the guest's file systems to be thawed: {e}");
+                self.late.wait(agent, self.path.to_owned(), self.timeout);
+            }
+            Err(e) => still_frozen(&e),
         }
     }
-    if let Err(e) = thawed {
-        log::error!("the guest's file systems may still be frozen: {e}");
+}
+
+fn still_frozen(error: &Error) {
+    log::error!("the guest's file systems may still be frozen: {error}");
+}
+
+/// The thread that stays on the line until the guest is thawed, if there is one.
+#[derive(Default)]
+pub(super) struct LateThaw(Mutex<Option<Watcher>>);
+
+impl LateThaw {
+    /// `agent` was told to thaw.
+    fn wait(&self, agent: Agent, path: PathBuf, timeout: Duration) {
+        let watcher = Watcher::start(move |stop| match wait(agent, &path, timeout, stop) {
+            Ok(()) => log::info!("the guest's file systems are thawed"),
+            Err(e) => still_frozen(&e),
+        });
+        // There is no other one at work: the agent has answered since.
+        *self.0.lock() = Some(watcher);
     }
-    outcome
+
+    /// Gives up, after a last try.
+    pub(super) fn close(&self) {
+        let watcher = self.0.lock().take();
+        drop(watcher);
+    }
+}
+
+/// Waits for the agent, until it is told to stop or QEMU is gone. One that is silent for long is called
+/// again: if it was started anew it knows nothing of what its forerunner was told.
+fn wait(mut agent: Agent, path: &Path, timeout: Duration, stop: &AtomicBool) -> Result<()> {
+    let answer = agent.thawed(timeout);
+    // Hung up, so that there is room for the next call.
+    drop(agent);
+    if answer.is_ok() {
+        return Ok(());
+    }
+    loop {
+        let called = Agent::connect(path, timeout).and_then(|mut agent| {
+            agent.tell_to_thaw()?;
+            agent.thawed(timeout)
+        });
+        match called {
+            Err(e) if e.kind() == Kind::TimedOut && !stop.load(Ordering::Acquire) => {}
+            answered => return answered.map(drop),
+        }
+    }
 }
