@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::model::Write;
 use super::tools::{DEADLINE, eventually, find, is_root, skip, temp_dir, text};
-use super::{image, process};
+use super::{Console, image, process};
 
 /// Puts the test's directories in place and becomes libvirtd. A namespace has copies of all mounts, and a
 /// copy would keep a test's file system alive after its end. No KVM, which libvirt's probes of QEMU may
@@ -35,6 +35,8 @@ if [ -e /dev/kvm ]; then
     mount --bind "$1/kvm" /dev/kvm
 fi
 exec libvirtd -p "$1/libvirtd.pid""#;
+
+const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
 
 /// A running libvirtd. Dropped, it is ended with all its domains.
 pub struct Libvirtd {
@@ -147,32 +149,74 @@ impl Libvirtd {
 
     /// The same, with more devices.
     pub fn domain_with(&self, sizes: &[u64], devices: &str) {
-        let mut disks = String::new();
-        for (target, size) in ["vda", "vdb", "vdc"].iter().zip(sizes) {
+        let images = TARGETS.iter().zip(sizes).map(|(target, size)| {
             let path = self.image(target);
             image::create(&path, "qcow2", *size, "");
-            disks += &format!(
-                "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
-                 <source file='{}'/><target dev='{target}' bus='virtio'/>\
-                 <alias name='ua-{target}'/></disk>",
-                text(&path)
-            );
-        }
-        let xml = self.dir.path().join("vm.xml");
+            (*target, path)
+        });
+        let cdrom =
+            "<disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>";
+        self.define(images.collect(), 16, "", &format!("{cdrom}{devices}"));
+        self.virsh(&["start", "--paused", "vm"]);
+    }
+
+    /// Defines domain `vm`, which boots Linux on so many disks with an empty ext4 of this size, and has a
+    /// channel for the guest agent. Starts it: its console. `files` and `append` as for QEMU's builder.
+    pub fn linux(&self, files: &Path, append: &str, disks: usize, size: u64) -> Console {
+        let images = TARGETS.iter().take(disks).map(|target| {
+            let path = self.image(target);
+            image::ext4(&path, size);
+            (*target, path)
+        });
+        // Copies, since QEMU as nobody may not get to where they are, and libvirt gives them away.
+        let boot = ["vmlinuz", "initrd"].map(|name| {
+            let copy = self.dir.path().join(name);
+            fs::copy(files.join(name), &copy).unwrap();
+            copy
+        });
+        let socket = self.dir.path().join("console.sock");
+        let system = format!(
+            "<kernel>{}</kernel><initrd>{}</initrd>\
+             <cmdline>console=ttyS0 quiet panic=-1 {append}</cmdline>",
+            text(&boot[0]),
+            text(&boot[1])
+        );
+        let devices = format!(
+            "<serial type='unix'><source mode='bind' path='{}'/></serial>\
+             <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>",
+            text(&socket)
+        );
+        self.define(images.collect(), 192, &system, &devices);
+        self.virsh(&["start", "vm"]);
+        Console::connect(&socket)
+    }
+
+    fn define(&self, images: Vec<(&str, PathBuf)>, mib: u32, system: &str, devices: &str) {
+        let disks: String = images
+            .iter()
+            .map(|(target, path)| {
+                format!(
+                    "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+                     <source file='{}'/><target dev='{target}' bus='virtio'/>\
+                     <alias name='ua-{target}'/></disk>",
+                    text(path)
+                )
+            })
+            .collect();
         let qemu = find("qemu-system-x86_64").unwrap();
         let document = format!(
-            "<domain type='qemu'><name>vm</name><memory unit='MiB'>16</memory><vcpu>1</vcpu>\
+            "<domain type='qemu'><name>vm</name><memory unit='MiB'>{mib}</memory><vcpu>1</vcpu>\
              <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\
-             <os><type arch='x86_64' machine='pc'>hvm</type></os><devices>\
+             <os><type arch='x86_64' machine='pc'>hvm</type>{system}</os>\
+             <features><acpi/></features><cpu mode='maximum'/><on_reboot>destroy</on_reboot><devices>\
              <emulator>{}</emulator>{disks}{devices}\
-             <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>\
              <controller type='usb' model='none'/><memballoon model='none'/>\
              </devices></domain>",
             text(&qemu)
         );
+        let xml = self.dir.path().join("vm.xml");
         fs::write(&xml, document).unwrap();
         self.virsh(&["define", text(&xml)]);
-        self.virsh(&["start", "--paused", "vm"]);
     }
 
     /// The image of a disk of `vm`.
