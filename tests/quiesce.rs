@@ -28,6 +28,12 @@ enum Agent {
     Hangs,
     /// Hangs up.
     Dies,
+    /// Thaws, and complains: of a script that it runs after that, or since it had to by itself.
+    Grumbles,
+    /// Has nothing left to thaw.
+    IsThawed,
+    /// Does not answer when it is told to thaw.
+    StaysFrozen,
     /// Says that somebody else has frozen the guest.
     IsFrozen,
 }
@@ -70,6 +76,11 @@ fn with_agent(f: &Fixture, agent: Agent, work: impl FnOnce(&Domain)) -> Vec<(Str
                             match (word.as_str(), agent) {
                                 ("guest-fsfreeze-freeze", Agent::Hangs) => continue,
                                 ("guest-fsfreeze-freeze", Agent::Dies) => break,
+                                ("guest-fsfreeze-thaw", Agent::StaysFrozen) => continue,
+                                ("guest-fsfreeze-thaw", Agent::IsThawed) => json!({"return": 0}),
+                                ("guest-fsfreeze-thaw", Agent::Grumbles) => {
+                                    json!({"error": {"class": "GenericError", "desc": "hook"}})
+                                }
                                 ("guest-fsfreeze-thaw", Agent::Hangs) => {
                                     writeln!(out, "{}", json!({"return": 2})).unwrap();
                                     json!({"return": 2})
@@ -168,6 +179,32 @@ fn a_freeze_that_fails_refuses_the_backup_and_thaws() {
         });
         assert_eq!(told, [freeze(false), thaw(false)]);
         assert_eq!(f.qemu.state(), before);
+    }
+}
+
+/// Whoever asked for the backup gets to know. A guest that may still be frozen is told once more at the end.
+#[test]
+fn a_thaw_that_goes_wrong_refuses_the_backup() {
+    need!("qemu-system-x86_64", "qemu-img");
+    for (agent, kind, says, tries) in [
+        (Agent::Grumbles, Kind::Io, "refused guest-fsfreeze-thaw", 1),
+        (Agent::IsThawed, Kind::Io, "did not stay frozen", 1),
+        (Agent::StaysFrozen, Kind::TimedOut, "may still be frozen", 2),
+    ] {
+        let f = fixture(&[4 * MIB]);
+        f.domain.close().unwrap();
+        let before = f.qemu.state();
+        let told = with_agent(&f, agent, |domain| {
+            let Err(refused) = domain.begin_backup(name("b")) else {
+                panic!("it began");
+            };
+            assert_eq!(refused.kind(), kind, "{refused}");
+            assert!(refused.to_string().contains(says), "{refused}");
+            assert!(domain.checkpoints().is_empty() && domain.jobs().is_empty());
+            assert_eq!(f.qemu.state(), before);
+        });
+        let all = [freeze(false), thaw(true), thaw(false)];
+        assert_eq!(told, all[..=tries]);
     }
 }
 

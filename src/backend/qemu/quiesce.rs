@@ -52,18 +52,22 @@ pub(super) fn frozen_by<T>(
     }
     let mut asked = Asked {
         agent: Some(agent),
+        count: 0,
         patience: timeout,
         late: &shared.late_thaw,
         path,
         timeout,
     };
-    asked.freeze().map_err(during)?;
-    work()
+    let done = asked.freeze().map_err(during).and_then(|()| work())?;
+    // Whoever asked for the backup has to know if it was no such instant, or if the guest may hang.
+    asked.thaw().map(|()| done)
 }
 
 /// An agent that is asked to freeze. Dropped, it is told to thaw.
 struct Asked<'a> {
     agent: Option<Agent>,
+    /// How many file systems it has frozen.
+    count: u64,
     /// How long its answer to that is waited for here.
     patience: Duration,
     late: &'a LateThaw,
@@ -78,34 +82,60 @@ impl Asked<'_> {
         };
         let asked = agent.freeze();
         match &asked {
-            Ok(count) => log::debug!("the guest froze {count} file systems"),
+            Ok(count) => self.count = *count,
             // Whoever waits for the freeze has waited long enough.
             Err(e) if e.kind() == Kind::TimedOut => self.patience = Duration::ZERO,
             Err(_) => {}
         }
         asked.map(drop)
     }
-}
 
-impl Drop for Asked<'_> {
-    fn drop(&mut self) {
+    /// Nothing if it was told already.
+    fn thaw(&mut self) -> Result<()> {
         let Some(mut agent) = self.agent.take() else {
-            return;
+            return Ok(());
         };
         let told = agent.tell_to_thaw();
         match told.and_then(|()| agent.thawed(self.patience)) {
-            Ok(_) => {}
-            Err(e) if matches!(e.kind(), Kind::TimedOut | Kind::NotConnected) => {
-                log::warn!("waiting for the guest's file systems to be thawed: {e}");
-                self.late.wait(agent, self.path.to_owned(), self.timeout);
+            // None was left to thaw.
+            Ok(0) if self.count > 0 => Err(Error::new(
+                Kind::Io,
+                "the guest's file systems did not stay frozen for as long as it took",
+            )
+            .hint("does something else in the guest thaw them?")),
+            Ok(_) => Ok(()),
+            // A Windows guest thawed by itself, or a script that the guest runs after it failed.
+            Err(why) if why.kind() == Kind::Io && matches!(agent.is_frozen(), Ok(false)) => {
+                Err(why)
             }
-            Err(e) => still_frozen(&e),
+            Err(why) => {
+                let why = still_frozen(&why);
+                log::error!("{why}");
+                if matches!(why.kind(), Kind::TimedOut | Kind::NotConnected) {
+                    self.late.wait(agent, self.path.to_owned(), self.timeout);
+                }
+                Err(why)
+            }
         }
     }
 }
 
-fn still_frozen(error: &Error) {
-    log::error!("the guest's file systems may still be frozen: {error}");
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        // Whatever it was that failed says more, and a guest that stays frozen was logged.
+        let _ = self.thaw();
+    }
+}
+
+fn still_frozen(error: &Error) -> Error {
+    Error::new(
+        error.kind(),
+        format!(
+            "the guest's file systems may still be frozen: {}",
+            error.message()
+        ),
+    )
+    .hint("the guest hangs until its agent is sent {\"execute\":\"guest-fsfreeze-thaw\"}")
 }
 
 /// The thread that stays on the line until the guest is thawed, if there is one.
@@ -117,7 +147,7 @@ impl LateThaw {
     fn wait(&self, agent: Agent, path: PathBuf, timeout: Duration) {
         let watcher = Watcher::start(move |stop| match wait(agent, &path, timeout, stop) {
             Ok(()) => log::info!("the guest's file systems are thawed"),
-            Err(e) => still_frozen(&e),
+            Err(e) => log::error!("gave up: {}", still_frozen(&e)),
         });
         // There is no other one at work: the agent has answered since.
         *self.0.lock() = Some(watcher);
