@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use common::mount::Home;
 use common::tools::{eventually, need, run, text};
 use common::{Console, Fleecefs, Qemu, State, image, tools};
 
@@ -26,7 +27,12 @@ trait Guest {
     fn console(&mut self) -> &mut Console;
 
     /// Mounts it with these options.
-    fn mount(&self, options: &[&str]) -> Fleecefs;
+    fn mount(&self, options: &[&str]) -> Fleecefs {
+        self.mount_in(Home::new(), options)
+    }
+
+    /// The same in the directories of an earlier mount.
+    fn mount_in(&self, home: Home, options: &[&str]) -> Fleecefs;
 
     /// Somebody else tells the agent to `freeze` or to `thaw`.
     fn others(&self, word: &str);
@@ -87,8 +93,8 @@ impl Guest for Direct {
         self.qemu.console()
     }
 
-    fn mount(&self, options: &[&str]) -> Fleecefs {
-        let mut mount = Fleecefs::qmp(&self.qemu.socket());
+    fn mount_in(&self, home: Home, options: &[&str]) -> Fleecefs {
+        let mut mount = Fleecefs::qmp(&self.qemu.socket()).home(home);
         if options.contains(&"quiesce") {
             mount = mount.option(&format!("guest-agent={}", text(&self.agent)));
         }
@@ -134,8 +140,8 @@ impl Guest for Managed {
         &mut self.console
     }
 
-    fn mount(&self, options: &[&str]) -> Fleecefs {
-        let mount = Fleecefs::libvirt(&self.libvirtd.uri());
+    fn mount_in(&self, home: Home, options: &[&str]) -> Fleecefs {
+        let mount = Fleecefs::libvirt(&self.libvirtd.uri()).home(home);
         options.iter().fold(mount, |m, o| m.option(o)).mount()
     }
 
@@ -278,6 +284,44 @@ fn a_freeze_that_hangs(guest: &mut dyn Guest, mount: Fleecefs, meanwhile: impl F
     mount.umount().assert_clean();
     let left = guest.left();
     assert!(!left.iter().any(|l| l.contains("hung")), "{left:?}");
+}
+
+/// A fleecefs that is killed between freeze and thaw leaves a guest that hangs. The next one thaws it,
+/// also one that has no wish to freeze anything.
+fn killed_while_all_is_frozen(guest: &mut dyn Guest) {
+    let mount = guest.mount(&["quiesce"]);
+    guest.console().tell("sh touch /tmp/hang");
+    let home = std::thread::scope(|scope| {
+        let begun = mount.path("backups/b");
+        let begin = scope.spawn(move || std::fs::create_dir(begun));
+        guest.console().wait("fleece: agent freeze", LONG);
+        let home = mount.sigkill();
+        begin.join().unwrap().unwrap_err();
+        home
+    });
+    guest.console().tell("sh rm /tmp/hang");
+    let mount = guest.mount_in(home, &[]);
+    guest.console().wait("fleece: agent thaw", LONG);
+    guest.goes_on();
+    let told = guest.told();
+    assert_eq!(told[..2], ["freeze", "thaw"], "{told:?}");
+    mount.umount().assert_clean();
+    assert_eq!(guest.left(), [] as [&str; 0]);
+}
+
+#[test]
+fn qemu_killed_while_all_is_frozen() {
+    need!("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "dumpe2fs");
+    let Some(mut guest) = direct() else { return };
+    killed_while_all_is_frozen(&mut guest);
+}
+
+#[cfg(feature = "libvirt")]
+#[test]
+fn libvirt_killed_while_all_is_frozen() {
+    need!("mkfs.ext4", "dumpe2fs");
+    let Some(mut guest) = managed() else { return };
+    killed_while_all_is_frozen(&mut guest);
 }
 
 #[test]

@@ -27,7 +27,11 @@ const SOCKETS: &str = "nbd";
 const TARGETS: &str = "push-targets";
 
 /// Names what libvirt's push job writes to.
+#[cfg(feature = "libvirt")]
 const JOB: &str = "push-job";
+
+/// Names the guest whose file systems are being frozen.
+const FROZEN: &str = "frozen";
 
 /// A file that was being written.
 #[derive(Debug, Serialize, Deserialize)]
@@ -158,7 +162,21 @@ impl RunDir {
         }
     }
 
+    /// Notes that the file systems of a guest are being frozen, and by whom they can be thawed. A guest
+    /// that stays frozen hangs.
+    pub(crate) fn note_frozen(&self, by: &str) -> Result<()> {
+        let path = self.frozen_note();
+        fs::write(&path, by)
+            .map_err(|e| Error::new(Kind::Io, format!("cannot write {}: {e}", path.display())))
+    }
+
+    /// What to remove when they are thawed.
+    pub(crate) fn frozen_note(&self) -> PathBuf {
+        self.path.join(FROZEN)
+    }
+
     /// Notes what a job writes to that libvirt knows by nothing else.
+    #[cfg(feature = "libvirt")]
     pub(crate) fn note_job(&self, targets: &[PathBuf]) {
         // Without the note a killed fleecefs leaves a job behind, which comes to its end by itself.
         let noted = serde_json::to_vec(targets).map_err(io::Error::from);
@@ -167,6 +185,7 @@ impl RunDir {
         }
     }
 
+    #[cfg(feature = "libvirt")]
     pub(crate) fn forget_job(&self) {
         let _ = fs::remove_file(self.path.join(JOB));
     }
@@ -225,7 +244,13 @@ pub(crate) fn noted_pid(dir: &Path, name: &str) -> Option<i32> {
     fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
 }
 
+/// By whom a guest can be thawed that a dead process may have left frozen.
+pub(crate) fn noted_frozen(dir: &Path) -> Option<String> {
+    fs::read_to_string(dir.join(FROZEN)).ok()
+}
+
 /// What a dead process' job in libvirt writes to.
+#[cfg(feature = "libvirt")]
 pub(crate) fn noted_job(dir: &Path) -> Vec<PathBuf> {
     let note = fs::read(dir.join(JOB)).unwrap_or_default();
     serde_json::from_slice(&note).unwrap_or_default()

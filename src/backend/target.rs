@@ -41,6 +41,7 @@ impl TargetFile {
     }
 
     /// Bytes of the disk.
+    #[cfg(feature = "libvirt")]
     pub(super) fn size(&self) -> u64 {
         self.size
     }

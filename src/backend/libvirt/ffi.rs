@@ -339,15 +339,18 @@ impl Domain {
         Ok((found? == 1).then_some((info.cur, info.end)))
     }
 
-    /// Has the guest's agent freeze its file systems.
-    pub(super) fn freeze(&self) -> Result<()> {
+    /// Has the guest's agent freeze its file systems; how many.
+    pub(super) fn freeze(&self) -> Result<u32> {
         // SAFETY: no list means all file systems.
-        count(unsafe { sys::virDomainFSFreeze(self.0, ptr::null_mut(), 0, 0) }).map(drop)
+        let answer = unsafe { sys::virDomainFSFreeze(self.0, ptr::null_mut(), 0, 0) };
+        count(answer).map(c_int::unsigned_abs)
     }
 
-    pub(super) fn thaw(&self) -> Result<()> {
+    /// Has it thaw them; how many were frozen.
+    pub(super) fn thaw(&self) -> Result<u32> {
         // SAFETY: no list means all file systems.
-        count(unsafe { sys::virDomainFSThaw(self.0, ptr::null_mut(), 0, 0) }).map(drop)
+        let answer = unsafe { sys::virDomainFSThaw(self.0, ptr::null_mut(), 0, 0) };
+        count(answer).map(c_int::unsigned_abs)
     }
 }
 

@@ -119,6 +119,10 @@ fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
     {
         shared.note_checkpoints(&look.checkpoints);
     }
+    match &down {
+        Some(_) => shared.owed_thaw.forget(shared),
+        None => shared.owed_thaw.pay_aside(shared),
+    }
     let Some(running) = running else { return };
     match down {
         Some(why) => running.fail(shared, why),

@@ -21,6 +21,7 @@ use virt_sys as sys;
 
 use self::job::{Mark, Running};
 use self::link::Link;
+use self::quiesce::OwedThaw;
 use super::rundir::{self, RunDir};
 use super::source::Places;
 use super::watch::Watcher;
@@ -56,6 +57,8 @@ struct Shared {
     link: Link,
     /// The way to the guest's agent, which may hang.
     agent: Link,
+    owed_thaw: Arc<OwedThaw>,
+    uuid: String,
     places: Places,
     rundir: RunDir,
     /// Who is to own the files that QEMU writes, where libvirt does not see to that.
@@ -108,6 +111,8 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
     }
     let shared = Arc::new(Shared {
         agent: link.aside(quiesce::FREEZE, quiesce::HINT),
+        owed_thaw: Arc::default(),
+        uuid,
         link,
         files_owner: look.domain.owner.filter(|_| look.domain.keeps_owners),
         places: places.clone(),
@@ -365,6 +370,19 @@ impl Backend for Libvirt {
         }
         scratch::sweep(&places.scratch, &places.runtime);
         for dir in rundir::dead(&places.runtime) {
+            match rundir::noted_frozen(&dir) {
+                Some(uuid) if uuid == self.shared.uuid => {
+                    log::warn!("a killed fleecefs may have left the guest frozen: it is thawed");
+                    // Should this one be killed as well.
+                    if let Err(e) = self.shared.rundir.note_frozen(&uuid) {
+                        log::warn!("{e}");
+                    }
+                    self.shared.owed_thaw.owe();
+                }
+                // Another domain's, whose next mount will look after it.
+                Some(_) => continue,
+                None => {}
+            }
             // A QEMU's NBD server, which the next QMP mount of that domain will look after.
             let server = rundir::noted_pid(&dir, "nbd-server");
             if !server.is_some_and(rundir::is_running) {
@@ -484,6 +502,11 @@ impl Backend for Libvirt {
 
     fn close(&self) -> Result<()> {
         drop(self.guard.lock().take());
+        if self.shared.owed_thaw.is_owed()
+            && let Err(e) = self.shared.owed_thaw.pay(&self.shared)
+        {
+            log::error!("the guest's file systems may still be frozen: {e}");
+        }
         let left = self.shared.running();
         let ended = left.map_or(Ok(()), |running| running.end(&self.shared));
         self.shared.rundir.remove();

@@ -418,6 +418,14 @@ impl Backend for Qemu {
                 Some(pid) if rundir::is_running(pid) => continue,
                 _ => {}
             }
+            match rundir::noted_frozen(&dir) {
+                Some(agent) if agent.starts_with('/') => {
+                    shared.late_thaw.after_a_kill(shared, Path::new(&agent));
+                }
+                // libvirt's, who goes by another name.
+                Some(_) => continue,
+                None => {}
+            }
             rundir::remove_targets(&dir);
             let _ = std::fs::remove_dir_all(&dir);
         }

@@ -50,11 +50,16 @@ pub(super) fn frozen_by<T>(
             ),
         ));
     }
+    // For the next fleecefs, should this one be killed.
+    shared
+        .rundir
+        .note_frozen(&path.display().to_string())
+        .map_err(during)?;
     let mut asked = Asked {
         agent: Some(agent),
         count: 0,
         patience: timeout,
-        late: &shared.late_thaw,
+        shared,
         path,
         timeout,
     };
@@ -70,7 +75,7 @@ struct Asked<'a> {
     count: u64,
     /// How long its answer to that is waited for here.
     patience: Duration,
-    late: &'a LateThaw,
+    shared: &'a Shared,
     path: &'a Path,
     timeout: Duration,
 }
@@ -96,7 +101,11 @@ impl Asked<'_> {
             return Ok(());
         };
         let told = agent.tell_to_thaw();
-        match told.and_then(|()| agent.thawed(self.patience)) {
+        let thawed = told.and_then(|()| agent.thawed(self.patience));
+        if thawed.is_ok() {
+            thawed_now(&self.shared.rundir.frozen_note());
+        }
+        match thawed {
             // None was left to thaw.
             Ok(0) if self.count > 0 => Err(Error::new(
                 Kind::Io,
@@ -112,7 +121,9 @@ impl Asked<'_> {
                 let why = still_frozen(&why);
                 log::error!("{why}");
                 if matches!(why.kind(), Kind::TimedOut | Kind::NotConnected) {
-                    self.late.wait(agent, self.path.to_owned(), self.timeout);
+                    let note = self.shared.rundir.frozen_note();
+                    let late = &self.shared.late_thaw;
+                    late.wait(Some(agent), self.path.to_owned(), self.timeout, note);
                 }
                 Err(why)
             }
@@ -138,19 +149,39 @@ fn still_frozen(error: &Error) -> Error {
     .hint("the guest hangs until its agent is sent {\"execute\":\"guest-fsfreeze-thaw\"}")
 }
 
+/// No killed fleecefs left anything to thaw.
+fn thawed_now(note: &Path) {
+    // There may be none.
+    let _ = std::fs::remove_file(note);
+}
+
 /// The thread that stays on the line until the guest is thawed, if there is one.
 #[derive(Default)]
 pub(super) struct LateThaw(Mutex<Option<Watcher>>);
 
 impl LateThaw {
-    /// `agent` was told to thaw.
-    fn wait(&self, agent: Agent, path: PathBuf, timeout: Duration) {
+    /// `agent` was told to thaw, or nobody was yet; `note` says until then that it is to be.
+    fn wait(&self, agent: Option<Agent>, path: PathBuf, timeout: Duration, note: PathBuf) {
         let watcher = Watcher::start(move |stop| match wait(agent, &path, timeout, stop) {
-            Ok(()) => log::info!("the guest's file systems are thawed"),
+            Ok(()) => {
+                thawed_now(&note);
+                log::info!("the guest's file systems are thawed");
+            }
             Err(e) => log::error!("gave up: {}", still_frozen(&e)),
         });
         // There is no other one at work: the agent has answered since.
         *self.0.lock() = Some(watcher);
+    }
+
+    /// Thaws what a fleecefs may have left frozen that was killed.
+    pub(super) fn after_a_kill(&self, shared: &Shared, path: &Path) {
+        log::warn!("a killed fleecefs may have left the guest frozen: it is thawed");
+        // Should this one be killed as well.
+        if let Err(e) = shared.rundir.note_frozen(&path.display().to_string()) {
+            log::warn!("{e}");
+        }
+        let timeout = FREEZE.min(shared.places.timeout);
+        self.wait(None, path.to_owned(), timeout, shared.rundir.frozen_note());
     }
 
     /// Gives up, after a last try.
@@ -162,11 +193,9 @@ impl LateThaw {
 
 /// Waits for the agent, until it is told to stop or QEMU is gone. One that is silent for long is called
 /// again: if it was started anew it knows nothing of what its forerunner was told.
-fn wait(mut agent: Agent, path: &Path, timeout: Duration, stop: &AtomicBool) -> Result<()> {
-    let answer = agent.thawed(timeout);
-    // Hung up, so that there is room for the next call.
-    drop(agent);
-    if answer.is_ok() {
+fn wait(agent: Option<Agent>, path: &Path, timeout: Duration, stop: &AtomicBool) -> Result<()> {
+    // Hung up afterwards, so that there is room for the next call.
+    if agent.is_some_and(|mut agent| agent.thawed(timeout).is_ok()) {
         return Ok(());
     }
     loop {
