@@ -1,5 +1,5 @@
-//! Push backups, and servers for other clients, of a real libvirtd's domains: libvirt copies, and what
-//! the mount says of it is true whatever becomes of the job.
+//! Push backups of a real libvirtd's domains that do not come to their end: what the mount says of them is
+//! true whatever becomes of the job. Those that do are in `behaviour`.
 #![cfg(feature = "libvirt")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::libvirtd::{Libvirtd, libvirtd};
 use common::tools::{DEADLINE, eventually, fuse, need, run, text};
-use common::{Disk, Fleecefs, Rng, Write, image, process};
+use common::{Fleecefs, Write, image, process};
 
 const MIB: u64 = 1 << 20;
 const NOTHING: [PathBuf; 0] = [];
@@ -68,70 +68,6 @@ fn no_job(libvirtd: &Libvirtd) -> bool {
     libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err()
 }
 
-/// Night after night onto qcow2 images, each with the changes, and onto one raw copy.
-#[test]
-fn every_night_what_changed() {
-    need!("qemu-img");
-    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
-        return;
-    };
-    let sizes = [16 * MIB, 4 * MIB];
-    libvirtd.domain(&sizes);
-    let dir = targets(&libvirtd);
-    let mount = Fleecefs::libvirt(&libvirtd.uri()).mount();
-    let mut rng = Rng::from_env();
-    let mut models = sizes.map(Disk::new);
-    let scatter = |rng: &mut Rng, models: &mut [Disk; 2]| {
-        for (target, model) in ["vda", "vdb"].iter().zip(models) {
-            for _ in 0..8 {
-                let write = rng.write(model.size());
-                libvirtd.write(target, write);
-                model.apply(write);
-            }
-        }
-    };
-    let raw = dir.join("vdb.raw");
-    let mut chain: Vec<PathBuf> = Vec::new();
-    for night in 0_u32..4 {
-        scatter(&mut rng, &mut models);
-        let name = format!("n{night}");
-        let image = dir.join(&name);
-        let last = night.checked_sub(1).map(|n| format!("n{n}"));
-        let disks = [("vda", "qcow2", image.as_path()), ("vdb", "raw", &raw)];
-        begin(&mount, &name, &document(last.as_deref(), &disks));
-        let instant = models.clone();
-        // The guest goes on writing.
-        scatter(&mut rng, &mut models);
-        let status = becomes(&mount, &name, "completed");
-        assert!(status.contains("mode: push"), "{status}");
-        assert!(no_job(&libvirtd));
-        let info = run("qemu-img", &["info", text(&image)]);
-        assert!(!info.contains("backing file"), "{info}");
-        if let Some(below) = chain.last() {
-            let rebase = ["rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"];
-            run(
-                "qemu-img",
-                &[&rebase[..], &[text(below), text(&image)]].concat(),
-            );
-        }
-        run("qemu-img", &["check", "-q", text(&image)]);
-        instant[0].assert_is(&image::bytes(&image, "qcow2"), &name);
-        instant[1].assert_is(&image::bytes(&raw, "raw"), &name);
-        chain.push(image);
-        // Nothing is written over, and the refusal changes nothing.
-        let again = [("vda", "qcow2", chain[0].as_path())];
-        let refused = write_document(&mount, "again", &document(None, &again)).unwrap_err();
-        assert!(
-            refused.to_string().contains("never written over"),
-            "{refused}"
-        );
-        mount.rmdir(&format!("backups/{name}")).unwrap();
-    }
-    let events = mount.read("events");
-    assert_eq!(events.matches("\"completed\"").count(), 4, "{events}");
-    assert_eq!(mount.umount().leftovers(), NOTHING);
-}
-
 /// A domain whose disk takes some seconds to copy.
 fn slow(libvirtd: &Libvirtd) {
     libvirtd.domain(&[160 * MIB]);
@@ -148,6 +84,7 @@ fn slow(libvirtd: &Libvirtd) {
 /// backup.
 #[test]
 fn a_push_that_is_broken_off() {
+    need!("qemu-img");
     let (Some(mut libvirtd), Some(())) = (libvirtd(), fuse()) else {
         return;
     };
@@ -262,54 +199,4 @@ impl Drop for Unmounts {
     fn drop(&mut self) {
         run("umount", &["-l", text(&self.0)]);
     }
-}
-
-/// `<server>`: other clients have the frozen disk and what changed, under the names that are asked for.
-#[test]
-fn other_clients_are_served() {
-    need!("nbdcopy", "nbdinfo");
-    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
-        return;
-    };
-    libvirtd.domain(&[8 * MIB]);
-    let mut model = Disk::new(8 * MIB);
-    let write = |model: &mut Disk, offset: u64, pattern| {
-        let write = Write {
-            offset,
-            length: 65536,
-            pattern,
-        };
-        libvirtd.write("vda", write);
-        model.apply(write);
-    };
-    let mount = Fleecefs::libvirt(&libvirtd.uri()).mount();
-    write(&mut model, 0, 1);
-    mount.mkdir("checkpoints/mon").unwrap();
-    write(&mut model, MIB, 2);
-    let socket = libvirtd.dir().join("served.sock");
-    let document = format!(
-        "<domainbackup mode='pull'><incremental>mon</incremental>\
-         <server transport='unix' socket='{}'/><disks>\
-         <disk name='vda' exportname='root' exportbitmap='new'/></disks></domainbackup>",
-        text(&socket)
-    );
-    begin(&mount, "b", &document);
-    let frozen = model.clone();
-    write(&mut model, 2 * MIB, 3);
-    let uri = format!("nbd+unix:///root?socket={}", text(&socket));
-    let copy = libvirtd.dir().join("copy");
-    run("nbdcopy", &[&uri, text(&copy)]);
-    frozen.assert_file(&copy);
-    let map = run("nbdinfo", &["--map=qemu:dirty-bitmap:new", &uri]);
-    let dirty = common::model::dirty_extents(&common::parse_map(&map));
-    assert_eq!(dirty, [(MIB, 65536)]);
-    let map = mount.read("backups/b/dirty.map");
-    assert_eq!(
-        common::model::dirty_extents(&common::parse_map(&map)),
-        dirty
-    );
-    frozen.assert_file(&mount.path("backups/b/disk.raw"));
-    mount.rmdir("backups/b").unwrap();
-    assert!(!socket.exists());
-    assert_eq!(mount.umount().leftovers(), NOTHING);
 }

@@ -4,91 +4,17 @@
 
 mod common;
 
-use std::path::Path;
 use std::time::Duration;
 
 use common::domain::{content, fixture, name, open, places, since};
 use common::tools::{self, need};
-use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, Write, image};
+use common::{Disk, Fault, Marks, Qemu, QmpFault, Rng, image};
 use fleecefs::backend::Source;
 use fleecefs::engine::{Domain, Options, Store};
 use fleecefs::model::{Change, Kind};
 
 const MIB: u64 = 1 << 20;
 const GRANULE: u64 = 65536;
-
-#[test]
-fn two_instants_read_right_in_any_order_of_ending() {
-    need!("qemu-system-x86_64", "qemu-img");
-    for first_ends_first in [true, false] {
-        let f = fixture(&[16 * MIB, 4 * MIB + 512]);
-        let before = f.qemu.state();
-        let write = |pattern, model: &mut [Disk; 2]| {
-            for (disk, target) in ["vda", "vdb"].iter().enumerate() {
-                for offset in [0, 3 * MIB, 4 * MIB - 512] {
-                    let write = Write {
-                        offset,
-                        length: 1024,
-                        pattern,
-                    };
-                    f.qemu.write(target, write);
-                    model[disk].apply(write);
-                }
-            }
-        };
-        let mut model = [Disk::new(16 * MIB), Disk::new(4 * MIB + 512)];
-        write(0xa, &mut model);
-        let one = f.domain.begin_backup(name("one")).unwrap();
-        let at_one = model.clone();
-        write(0xb, &mut model);
-        let two = f.domain.begin_backup(name("two")).unwrap();
-        let at_two = model.clone();
-        write(0xc, &mut model);
-        for disk in 0..2 {
-            at_one[disk].assert_is(&content(&one, disk), "one");
-            at_two[disk].assert_is(&content(&two, disk), "two");
-        }
-        assert_eq!(
-            since(&two, 0, "one"),
-            [
-                (0, GRANULE),
-                (3 * MIB, GRANULE),
-                (4 * MIB - GRANULE, 2 * GRANULE)
-            ]
-        );
-        let (first, second, left, at_left) = if first_ends_first {
-            ("one", "two", &two, &at_two)
-        } else {
-            ("two", "one", &one, &at_one)
-        };
-        f.domain.end_backup(&name(first)).unwrap();
-        write(0xd, &mut model);
-        for (disk, model) in at_left.iter().enumerate() {
-            model.assert_is(&content(left, disk), "the one left");
-        }
-        f.domain.end_backup(&name(second)).unwrap();
-        assert_eq!(
-            left.read_at(0, 0, &mut [0; 512]).unwrap_err().kind(),
-            Kind::NotConnected
-        );
-        assert_eq!(
-            f.qemu.state().without_bitmaps(),
-            before.clone().without_bitmaps()
-        );
-        assert!(!f.qemu.nbd_server_running());
-        for checkpoint in ["one", "two"] {
-            f.domain.delete_checkpoint(&name(checkpoint)).unwrap();
-        }
-        assert_eq!(f.qemu.state(), before);
-        f.domain.close().unwrap();
-        assert!(
-            std::fs::read_dir(f.dir.path().join("run"))
-                .unwrap()
-                .next()
-                .is_none()
-        );
-    }
-}
 
 /// A running backup: its name, the disk and the marks as they were.
 type Running = (String, Disk, Vec<(String, Marks)>);
@@ -252,88 +178,29 @@ fn a_hung_qemu_times_out_and_is_tidied_when_it_answers_again() {
     domain.close().unwrap();
 }
 
-/// What breaks history in a real QEMU: afterwards the checkpoint is stale, on that disk only.
+/// The bitmaps stay in the image below: afterwards the checkpoint is stale, on that disk only.
 #[test]
-fn stale_after_a_snapshot_a_kill_or_a_resize() {
+fn stale_after_a_snapshot() {
     need!("qemu-system-x86_64", "qemu-img");
-    for what in ["snapshot", "kill", "resize", "clean restart"] {
-        let dir = tools::temp_dir();
-        let images = ["vda", "vdb"].map(|t| dir.path().join(format!("{t}.qcow2")));
-        images
-            .iter()
-            .for_each(|i| image::create(i, "qcow2", 4 * MIB, ""));
-        let start = |vda: &Path| {
-            let build = Qemu::build().disk("vda", vda, "qcow2");
-            build.disk("vdb", &images[1], "qcow2").paused().start()
-        };
-        let mut qemu = start(&images[0]);
-        let domain = open(&qemu.socket(), &places(dir.path()), dir.path());
-        domain.create_checkpoint(name("mon")).unwrap();
-        qemu.guest_write("vda", 0, 4096, 1);
-        qemu.guest_write("vdb", MIB, 4096, 1);
-        let mut reopened = None;
-        match what {
-            "snapshot" => {
-                let overlay = dir.path().join("snap.qcow2");
-                qemu.cmd(
-                    "blockdev-snapshot-sync",
-                    serde_json::json!({"node-name": "node-vda", "snapshot-node-name": "snap",
-                        "snapshot-file": overlay, "format": "qcow2"}),
-                );
-                qemu.guest_write("vda", 2 * MIB, 4096, 2);
-            }
-            "resize" => drop(qemu.cmd(
-                "block_resize",
-                serde_json::json!({"node-name": "node-vda", "size": 8 * MIB}),
-            )),
-            _ => {
-                domain.close().unwrap();
-                drop(domain);
-                match what {
-                    "kill" => qemu.kill9(),
-                    _ => qemu.quit(),
-                }
-                qemu = start(&images[0]);
-                reopened = Some(open(&qemu.socket(), &places(dir.path()), dir.path()));
-                qemu.guest_write("vdb", 2 * MIB, 4096, 3);
-                let backup = reopened
-                    .as_ref()
-                    .unwrap()
-                    .begin_backup(name("tue"))
-                    .unwrap();
-                if what == "kill" {
-                    assert_eq!(
-                        backup.changes_since_base(1).unwrap_err().kind(),
-                        Kind::Stale
-                    );
-                } else {
-                    assert_eq!(
-                        since(&backup, 1, "mon"),
-                        [(MIB, GRANULE), (2 * MIB, GRANULE)]
-                    );
-                }
-                reopened.as_ref().unwrap().end_backup(&name("tue")).unwrap();
-                reopened.as_ref().unwrap().close().unwrap();
-                continue;
-            }
-        }
-        let domain = match reopened {
-            Some(domain) => domain,
-            None => domain,
-        };
-        let backup = domain.begin_backup(name("tue")).unwrap();
-        let error = backup.changes_since_base(0).unwrap_err();
-        assert_eq!(error.kind(), Kind::Stale, "{what}: {error}");
-        assert_eq!(since(&backup, 1, "mon"), [(MIB, GRANULE)], "{what}");
-        // The disk itself can be read, whole.
-        let bytes = content(&backup, 0);
-        assert_eq!(bytes[0], 1, "{what}");
-        assert_eq!(
-            bytes[2 * MIB as usize],
-            if what == "snapshot" { 2 } else { 0 }
-        );
-        domain.close().unwrap();
-    }
+    let f = fixture(&[4 * MIB, 4 * MIB]);
+    f.domain.create_checkpoint(name("mon")).unwrap();
+    f.qemu.guest_write("vda", 0, 4096, 1);
+    f.qemu.guest_write("vdb", MIB, 4096, 1);
+    let overlay = f.dir.path().join("snap.qcow2");
+    f.qemu.cmd(
+        "blockdev-snapshot-sync",
+        serde_json::json!({"node-name": "node-vda", "snapshot-node-name": "snap",
+            "snapshot-file": overlay, "format": "qcow2"}),
+    );
+    f.qemu.guest_write("vda", 2 * MIB, 4096, 2);
+    let backup = f.domain.begin_backup(name("tue")).unwrap();
+    let error = backup.changes_since_base(0).unwrap_err();
+    assert_eq!(error.kind(), Kind::Stale, "{error}");
+    assert_eq!(since(&backup, 1, "mon"), [(MIB, GRANULE)]);
+    // The disk itself can be read, whole.
+    let bytes = content(&backup, 0);
+    assert_eq!((bytes[0], bytes[2 * MIB as usize]), (1, 2));
+    f.domain.close().unwrap();
 }
 
 #[test]
@@ -373,53 +240,6 @@ fn disks_that_cannot_carry_a_bitmap_are_backed_up_all_the_same() {
         whole.iter().all(|e| e.kind != Change::Clean),
         "no base: all counts as changed"
     );
-    domain.close().unwrap();
-}
-
-#[test]
-fn an_nbd_server_of_somebody_else_is_left_alone() {
-    need!("qemu-system-x86_64", "qemu-img");
-    let f = fixture(&[4 * MIB]);
-    let socket = f.dir.path().join("foreign.sock");
-    let address = serde_json::json!({"addr": {"type": "unix", "data": {"path": socket}}});
-    f.qemu.cmd("nbd-server-start", address);
-    let before = f.qemu.state();
-    let error = f.domain.begin_backup(name("x")).err().unwrap();
-    assert_eq!(error.kind(), Kind::Busy, "{error}");
-    assert!(error.to_string().contains("NBD server"), "{error}");
-    assert_eq!(f.qemu.state(), before);
-    std::os::unix::net::UnixStream::connect(&socket).unwrap();
-    f.domain.close().unwrap();
-    std::os::unix::net::UnixStream::connect(&socket).unwrap();
-}
-
-#[test]
-fn a_qemu_that_is_gone_ends_its_backups_and_may_come_back() {
-    need!("qemu-system-x86_64", "qemu-img");
-    let dir = tools::temp_dir();
-    let path = dir.path().join("vda.qcow2");
-    image::create(&path, "qcow2", 4 * MIB, "");
-    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused().start();
-    let proxy = QmpFault::start(&qemu.socket());
-    qemu.guest_write("vda", 0, 4096, 1);
-    let domain = open(&proxy.path(), &places(dir.path()), dir.path());
-    let backup = domain.begin_backup(name("mon")).unwrap();
-    assert_eq!(backup.read_at(0, 0, &mut [0; 512]).unwrap(), 512);
-    qemu.kill9();
-    let why = tools::eventually("the backup fails", Duration::from_secs(20), || {
-        backup.failure()
-    });
-    assert_eq!(why.kind(), Kind::NotConnected, "{why}");
-    assert_eq!(
-        backup.read_at(0, 0, &mut [0; 512]).unwrap_err().kind(),
-        Kind::NotConnected
-    );
-    assert_eq!(
-        domain.begin_backup(name("tue")).err().unwrap().kind(),
-        Kind::NotConnected
-    );
-    domain.end_backup(&name("mon")).unwrap();
-    assert!(domain.backups().is_empty());
     domain.close().unwrap();
 }
 

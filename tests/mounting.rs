@@ -268,40 +268,6 @@ fn every_end_is_clean_with_a_reader_in_the_middle() {
     }
 }
 
-/// SIGKILL leaves jobs, nodes, exports, a server, scratch and a dead mount point; the next mount
-/// on the same directory finds them all.
-#[test]
-fn the_next_mount_tidies_up_after_a_kill() {
-    need!("qemu-system-x86_64", "qemu-img");
-    let Some(()) = tools::fuse() else { return };
-    let (_dir, path) = image_of(16 * MIB);
-    let qemu = Qemu::build().disk("vda", &path, "qcow2").paused().start();
-    let mount = Fleecefs::qmp(&qemu.socket()).mount();
-    mount.mkdir("checkpoints/mon").unwrap();
-    let before = qemu.state();
-    qemu.guest_write("vda", MIB, 4096, 1);
-    for backup in ["one", "two"] {
-        mount.mkdir(&format!("backups/{backup}")).unwrap();
-    }
-    let home = mount.sigkill();
-    assert_ne!(qemu.state(), before);
-    assert!(qemu.nbd_server_running());
-    let mount = Fleecefs::qmp(&qemu.socket()).home(home).mount();
-    assert!(!qemu.nbd_server_running());
-    assert_eq!(mount.list("backups"), Vec::<String>::new());
-    assert_eq!(mount.list("checkpoints"), ["mon", "one", "two"]);
-    mount.mkdir("backups/three").unwrap();
-    let since = mount.read("backups/three/since/mon/vda.map");
-    assert!(since.contains("dirty"), "{since}");
-    for checkpoint in ["two", "one"] {
-        mount.rmdir("backups/three").ok();
-        mount.rmdir(&format!("checkpoints/{checkpoint}")).unwrap();
-    }
-    mount.rmdir("checkpoints/three").unwrap();
-    assert_eq!(qemu.state(), before);
-    mount.umount().assert_clean();
-}
-
 #[test]
 fn killed_with_its_image_the_bitmaps_are_saved() {
     need!("qemu-img", "qemu-io");

@@ -226,28 +226,47 @@ impl Libvirtd {
 
     /// A guest's write.
     pub fn write(&self, target: &str, write: Write) {
-        let Write {
-            offset,
-            length,
-            pattern,
-        } = write;
-        let how = match pattern {
-            0 => "-z -u".to_owned(),
-            pattern => format!("-P {pattern}"),
-        };
-        let device = format!("/machine/peripheral/ua-{target}/virtio-backend");
-        let line = format!("qemu-io -d {device} \"write {how} {offset} {length}\"");
-        let said = self.virsh(&["qemu-monitor-command", "vm", "--hmp", &line]);
-        assert_eq!(said, "", "{target}: {write:?}");
+        self.writes(&[(target, write)]);
+    }
+
+    /// A guest's writes, by one virsh: starting it takes longer than they do.
+    pub fn writes(&self, writes: &[(&str, Write)]) {
+        let mut lines = Vec::new();
+        for (target, write) in writes {
+            let how = match write.pattern {
+                0 => "-z -u".to_owned(),
+                pattern => format!("-P {pattern}"),
+            };
+            lines.push(format!(
+                "qemu-monitor-command vm --hmp 'qemu-io -d \
+                 /machine/peripheral/ua-{target}/virtio-backend \
+                 \"write {how} {} {}\"'",
+                write.offset, write.length
+            ));
+        }
+        assert_eq!(self.virsh(&[&lines.join("; ")]).trim(), "", "{writes:?}");
     }
 
     /// Asks the domain's QEMU.
     pub fn qmp(&self, execute: &str, arguments: Value) -> Value {
-        let command = json!({"execute": execute, "arguments": arguments}).to_string();
-        let answer = self.virsh(&["qemu-monitor-command", "vm", &command]);
-        let answer: Value = serde_json::from_str(&answer).unwrap();
-        assert!(answer.get("error").is_none(), "{command}: {answer}");
-        answer["return"].clone()
+        self.qmp_all(&[(execute, arguments)]).remove(0)
+    }
+
+    /// Asks it several things, by one virsh.
+    pub fn qmp_all(&self, commands: &[(&str, Value)]) -> Vec<Value> {
+        let line = |(execute, arguments): &(&str, Value)| {
+            let command = json!({"execute": execute, "arguments": arguments});
+            format!("qemu-monitor-command vm '{command}'")
+        };
+        let lines: Vec<String> = commands.iter().map(line).collect();
+        let said = self.virsh(&[&lines.join("; ")]);
+        let answers = serde_json::Deserializer::from_str(&said).into_iter::<Value>();
+        let answer = |answer: serde_json::Result<Value>| {
+            let mut answer = answer.unwrap();
+            assert!(answer.get("error").is_none(), "{lines:?}: {answer}");
+            answer["return"].take()
+        };
+        answers.map(answer).collect()
     }
 
     /// Lets a disk be read at 32 MiB a second, so that what copies it is still at it when a test looks.

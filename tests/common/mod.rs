@@ -22,14 +22,16 @@ pub mod qemu;
 pub mod qmp;
 pub mod restoring;
 pub mod tools;
+pub mod tree;
 pub mod upstream;
 
 pub use console::Console;
 pub use copies::Night;
 pub use fault::{Fault, QmpFault};
-pub use model::{Disk, Marks, Rng, Write, parse_map};
+pub use model::{Disk, MapLine, Marks, Rng, Write, parse_map};
 pub use mount::Fleecefs;
 pub use qemu::{Qemu, State};
 pub use qmp::Qmp;
 pub use restoring::Place;
 pub use tools::{eventually, tool};
+pub use tree::{Tree, errno};

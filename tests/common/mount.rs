@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::process;
 use super::tools::{DEADLINE, eventually, temp_dir, text};
+use super::tree::Tree;
 
 /// The command under test.
 pub const FLEECEFS: &str = env!("CARGO_BIN_EXE_fleecefs");
@@ -122,8 +123,10 @@ impl Builder {
         self
     }
 
-    /// `-o KEY=VALUE` or `-o KEY`.
+    /// `-o KEY=VALUE` or `-o KEY`, in place of an earlier one of that key.
     pub fn option(mut self, option: &str) -> Self {
+        let key = |option: &str| option.split('=').next().map(str::to_owned);
+        self.options.retain(|o| key(o) != key(option));
         self.options.push(option.into());
         self
     }
@@ -194,6 +197,7 @@ impl Builder {
         let mut mount = Fleecefs {
             child,
             daemon: self.daemon,
+            tree: Tree::at(&home.path("mnt")),
             home: Some(home),
         };
         let ended = eventually("the mount", DEADLINE, || {
@@ -226,6 +230,15 @@ pub struct Fleecefs {
     child: Child,
     daemon: bool,
     home: Option<Home>,
+    tree: Tree,
+}
+
+impl std::ops::Deref for Fleecefs {
+    type Target = Tree;
+
+    fn deref(&self) -> &Tree {
+        &self.tree
+    }
 }
 
 impl Fleecefs {
@@ -255,44 +268,14 @@ impl Fleecefs {
         builder
     }
 
-    /// A file or directory in the mount.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.home().path("mnt").join(name)
-    }
-
-    /// `mkdir` in the mount.
-    pub fn mkdir(&self, name: &str) -> std::io::Result<()> {
-        std::fs::create_dir(self.path(name))
-    }
-
-    /// `rmdir` in the mount.
-    pub fn rmdir(&self, name: &str) -> std::io::Result<()> {
-        std::fs::remove_dir(self.path(name))
-    }
-
-    /// A file's text.
-    pub fn read(&self, name: &str) -> String {
-        std::fs::read_to_string(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
-    }
-
-    /// The sentence about the last refusal.
-    pub fn last_error(&self) -> String {
-        self.read("last-error")
-    }
-
-    /// Names in a directory, sorted.
-    pub fn list(&self, name: &str) -> Vec<String> {
-        let entries = std::fs::read_dir(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let mut names: Vec<_> = entries
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-
     /// Its directories.
     pub fn home(&self) -> &Home {
         self.home.as_ref().expect("taken by umount only")
+    }
+
+    /// What is mounted.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
     }
 
     /// What it said so far.

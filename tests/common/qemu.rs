@@ -337,7 +337,9 @@ impl Qemu {
 
     /// Everything that a backup could leave behind; compare before and after.
     pub fn state(&self) -> State {
-        State::of(&mut self.ctl())
+        let mut ctl = self.ctl();
+        let ask = |(execute, arguments): &(&str, Value)| ctl.cmd(execute, arguments.clone());
+        State::of(&State::questions().iter().map(ask).collect::<Vec<_>>())
     }
 
     /// Bytes dirty in a bitmap of `node-<target>`, if there is one of that name.
@@ -449,12 +451,26 @@ impl Drop for Reaper {
 pub struct State(pub Vec<String>);
 
 impl State {
-    /// Asks.
-    pub fn of(qmp: &mut Qmp) -> Self {
+    /// The QMP commands that it takes to know.
+    pub fn questions() -> [(&'static str, Value); 5] {
+        [
+            ("query-named-block-nodes", json!({"flat": true})),
+            ("query-jobs", json!({})),
+            ("query-block-exports", json!({})),
+            ("qom-list", json!({"path": "/objects"})),
+            ("query-status", json!({})),
+        ]
+    }
+
+    /// What they were answered.
+    pub fn of(answers: &[Value]) -> Self {
+        let [nodes, jobs, exports, objects, status] = answers else {
+            panic!("an answer for each question");
+        };
         let word = |value: &Value| value.as_str().unwrap_or("?").to_owned();
         let mut lines = Vec::new();
-        let list = |value: Value| value.as_array().cloned().unwrap_or_default();
-        for node in list(qmp.cmd("query-named-block-nodes", json!({"flat": true}))) {
+        let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+        for node in list(nodes) {
             let mut name = word(&node["node-name"]);
             if name.starts_with('#') {
                 name = "#".into(); // QEMU's own names are numbered
@@ -462,7 +478,7 @@ impl State {
             let (driver, threshold) = (word(&node["drv"]), &node["write_threshold"]);
             let ro = if node["ro"] == true { " ro" } else { "" };
             lines.push(format!("node {name} {driver}{ro} threshold={threshold}"));
-            for bitmap in list(node["dirty-bitmaps"].clone()) {
+            for bitmap in list(&node["dirty-bitmaps"]) {
                 let mut line = format!("bitmap {name}/{}", word(&bitmap["name"]));
                 for flag in ["recording", "persistent", "busy", "inconsistent"] {
                     if bitmap[flag] == true {
@@ -472,17 +488,16 @@ impl State {
                 lines.push(format!("{line} granularity={}", bitmap["granularity"]));
             }
         }
-        for job in list(qmp.cmd("query-jobs", json!({}))) {
+        for job in list(jobs) {
             lines.push(format!("job {} {}", word(&job["id"]), word(&job["type"])));
         }
-        for export in list(qmp.cmd("query-block-exports", json!({}))) {
+        for export in list(exports) {
             let (id, node) = (word(&export["id"]), word(&export["node-name"]));
             lines.push(format!("export {id} of {node}"));
         }
-        for object in list(qmp.cmd("qom-list", json!({"path": "/objects"}))) {
+        for object in list(objects) {
             lines.push(format!("object {}", word(&object["name"])));
         }
-        let status = qmp.cmd("query-status", json!({}));
         lines.push(format!("status {}", word(&status["status"])));
         lines.sort();
         Self(lines)

@@ -2,19 +2,23 @@
 //!
 //! It follows the rules that a real one enforces (all or nothing, no write without its bits, a
 //! frozen disk stays as it was), counts what it is asked, and fails or breaks on demand. It stands
-//! in for no real QEMU in any test that says it is about one.
+//! in for no real QEMU in any test that says it is about one. Its bitmaps have one granularity, and it
+//! has no NBD server: what asks for another, or for one, is refused.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Backend, Frozen, FrozenDisk, Listener, Notice, Progress, Pushing};
+use self::jobs::{SimFrozen, SimFrozenDisk, SimPush};
+use super::{Backend, Frozen, FrozenDisk, Listener, Notice, Pushing};
 use crate::model::{
-    Allocation, BackupPlan, Bitmap, CheckpointRemoval, Control, Disk, DomainInfo, Error, Extents,
-    JobId, JobState, Kind, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
+    BackupPlan, Bitmap, CheckpointRemoval, Disk, DomainInfo, Error, JobId, JobState, Kind,
+    NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
 };
+
+mod jobs;
 
 /// Bytes that a bit of a simulated bitmap, and an extent of a simulated map, stands for.
 pub const GRANULE: usize = 4096;
@@ -52,6 +56,12 @@ struct Inner {
     held: Option<String>,
     /// How many calls are waiting.
     waiting: usize,
+    /// The pull backups that are in the domain, and what is set when they are over.
+    pulls: Vec<(JobId, Arc<OnceLock<Error>>)>,
+    /// The domain does not run.
+    off: bool,
+    /// How often it ended.
+    ends: usize,
 }
 
 #[derive(Default)]
@@ -147,11 +157,11 @@ impl Sim {
         self.0.inner.lock().waiting
     }
 
-    fn wait_while_held(&self, method: &str, ended: &AtomicBool) {
+    fn wait_while_held(&self, method: &str, fate: &OnceLock<Error>) {
         let mut inner = self.0.inner.lock();
         inner.waiting += 1;
         self.0.bell.wait_while(&mut inner, |inner| {
-            inner.held.as_deref() == Some(method) && !ended.load(Ordering::Acquire)
+            inner.held.as_deref() == Some(method) && fate.get().is_none()
         });
         inner.waiting -= 1;
     }
@@ -179,6 +189,37 @@ impl Sim {
         }
     }
 
+    /// The domain ends, and its backups with it. Its bitmaps are saved, unless it is `killed`.
+    pub fn power_off(&self, killed: bool) {
+        let over = {
+            let mut inner = self.0.inner.lock();
+            inner.off = true;
+            inner.ends += 1;
+            inner.running = 0;
+            for disk in inner.disks.values_mut().filter(|_| killed) {
+                disk.inconsistent = disk.bitmaps.keys().cloned().collect();
+            }
+            std::mem::take(&mut inner.pulls)
+        };
+        self.0.bell.notify_all();
+        for (id, fate) in over {
+            if fate.set(gone()).is_ok() {
+                self.notice(Notice::Over(id, Err(gone())));
+            }
+        }
+        self.finish_pushes(Some(&gone()));
+    }
+
+    /// The domain is started again.
+    pub fn power_on(&self) {
+        self.0.inner.lock().off = false;
+    }
+
+    /// The domain answers nothing from now on.
+    pub fn hang(&self) {
+        self.0.inner.lock().hung = true;
+    }
+
     /// The domain answers again.
     pub fn revive(&self) {
         self.0.inner.lock().hung = false;
@@ -189,6 +230,9 @@ impl Inner {
     /// Notes the call; `Err` if it is to fail at once, `Ok(Some)` if it is to fail in the end.
     fn enter(&mut self, method: &str) -> Result<Option<Error>> {
         self.calls.push(method.to_owned());
+        if self.off && method != "close" {
+            return Err(gone());
+        }
         if self.hung {
             return Err(Error::new(Kind::TimedOut, "no answer"));
         }
@@ -210,6 +254,12 @@ impl Inner {
 
     fn create(&mut self, new: &NewCheckpoint) -> Result<()> {
         for b in &new.bitmaps {
+            if b.granularity.is_some_and(|g| g != GRANULE as u64) {
+                return Err(Error::new(
+                    Kind::Unsupported,
+                    format!("a simulated bitmap has a bit for {GRANULE} bytes"),
+                ));
+            }
             let disk = self.disks.get(&b.target);
             if disk.is_none_or(|d| d.bitmaps.contains_key(&b.bitmap)) {
                 return Err(Error::new(
@@ -242,6 +292,10 @@ fn ended() -> Error {
     Error::new(Kind::NotConnected, "the backup was ended")
 }
 
+fn gone() -> Error {
+    Error::new(Kind::NotConnected, "the domain does not run")
+}
+
 fn finish<T>(fail: Option<Error>, value: T) -> Result<T> {
     match fail {
         Some(error) => Err(error),
@@ -258,12 +312,16 @@ impl Backend for Sim {
         }
     }
 
+    fn failure(&self) -> Option<Error> {
+        self.0.inner.lock().off.then(gone)
+    }
+
     fn tidy(&self) -> Result<()> {
         self.0.inner.lock().enter("tidy").map(drop)
     }
 
     fn disks(&self) -> Result<Vec<Disk>> {
-        self.wait_while_held("disks", &AtomicBool::new(false));
+        self.wait_while_held("disks", &OnceLock::new());
         let mut inner = self.0.inner.lock();
         let fail = inner.enter("disks")?;
         let disks = inner
@@ -318,10 +376,16 @@ impl Backend for Sim {
     }
 
     fn begin(&self, plan: &BackupPlan) -> Result<Box<dyn Frozen>> {
-        self.wait_while_held("begin", &AtomicBool::new(false));
+        self.wait_while_held("begin", &OnceLock::new());
         let mut inner = self.0.inner.lock();
         let fail = inner.enter("begin")?;
-        let ended = Arc::new(AtomicBool::new(false));
+        if plan.server.is_some() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "a simulated domain has no NBD server for others",
+            ));
+        }
+        let fate = Arc::new(OnceLock::new());
         let mut disks: Vec<Box<dyn FrozenDisk>> = Vec::new();
         for freeze in &plan.disks {
             let Some(disk) = inner.disks.get(&freeze.target) else {
@@ -334,7 +398,7 @@ impl Backend for Sim {
                 data: disk.data.clone(),
                 recorded: recorded.map(|b| b.1.clone()),
                 pulled: AtomicU64::new(0),
-                ended: Arc::clone(&ended),
+                fate: Arc::clone(&fate),
             }));
         }
         if let Some(new) = &plan.checkpoint {
@@ -353,10 +417,11 @@ impl Backend for Sim {
             return Err(error);
         }
         inner.running += 1;
+        inner.pulls.push((plan.id, Arc::clone(&fate)));
         Ok(Box::new(SimFrozen {
             sim: self.clone(),
             disks,
-            ended,
+            fate,
         }))
     }
 
@@ -393,6 +458,7 @@ impl Backend for Sim {
             sim: self.clone(),
             state,
             sizes,
+            ends: inner.ends,
             gone: AtomicBool::new(false),
         }))
     }
@@ -403,159 +469,5 @@ impl Backend for Sim {
 
     fn close(&self) -> Result<()> {
         self.0.inner.lock().enter("close").map(drop)
-    }
-}
-
-struct SimPush {
-    sim: Sim,
-    state: Arc<Mutex<JobState>>,
-    sizes: Vec<u64>,
-    gone: AtomicBool,
-}
-
-impl Pushing for SimPush {
-    fn progress(&self) -> Vec<Progress> {
-        let state = self.state.lock().clone();
-        let done = |size: &u64| match state {
-            JobState::Ended(Outcome::Completed) => *size,
-            _ => 0,
-        };
-        let progress = |size: &u64| Progress {
-            state: state.clone(),
-            done: done(size),
-            total: *size,
-        };
-        self.sizes.iter().map(progress).collect()
-    }
-
-    fn state(&self) -> JobState {
-        self.state.lock().clone()
-    }
-
-    fn control(&self, command: Control) -> Result<()> {
-        self.sim.0.inner.lock().enter("control")?;
-        match command {
-            Control::Abort => return self.end(),
-            Control::Pause => *self.state.lock() = JobState::Paused,
-            Control::Resume => *self.state.lock() = JobState::Running,
-            Control::Speed(_) => {}
-        }
-        Ok(())
-    }
-
-    fn end(&self) -> Result<()> {
-        let mut inner = self.sim.0.inner.lock();
-        let fail = inner.enter("end")?;
-        if !self.gone.swap(true, Ordering::AcqRel) {
-            inner.running -= 1;
-        }
-        let mut state = self.state.lock();
-        if matches!(*state, JobState::Running | JobState::Paused) {
-            *state = JobState::Ended(Outcome::Aborted);
-        }
-        finish(fail, ())
-    }
-}
-
-struct SimFrozen {
-    sim: Sim,
-    disks: Vec<Box<dyn FrozenDisk>>,
-    ended: Arc<AtomicBool>,
-}
-
-impl Frozen for SimFrozen {
-    fn disks(&self) -> &[Box<dyn FrozenDisk>] {
-        &self.disks
-    }
-
-    fn failure(&self) -> Option<Error> {
-        self.ended.load(Ordering::Acquire).then(ended)
-    }
-
-    fn scratch_used(&self) -> u64 {
-        0
-    }
-
-    fn scratch_limit(&self) -> Option<u64> {
-        None
-    }
-
-    fn end(&self) -> Result<()> {
-        let mut inner = self.sim.0.inner.lock();
-        let fail = inner.enter("end")?;
-        if !self.ended.swap(true, Ordering::AcqRel) {
-            inner.running -= 1;
-        }
-        self.sim.0.bell.notify_all();
-        finish(fail, ())
-    }
-}
-
-struct SimFrozenDisk {
-    sim: Sim,
-    target: String,
-    data: Vec<u8>,
-    recorded: Option<Vec<bool>>,
-    pulled: AtomicU64,
-    ended: Arc<AtomicBool>,
-}
-
-impl FrozenDisk for SimFrozenDisk {
-    fn size(&self) -> u64 {
-        self.data.len() as u64
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.sim.wait_while_held("read_at", &self.ended);
-        let fail = self.sim.0.inner.lock().enter("read_at")?;
-        if self.ended.load(Ordering::Acquire) {
-            return Err(ended());
-        }
-        let start = offset as usize;
-        buf.copy_from_slice(&self.data[start..start + buf.len()]);
-        self.pulled.fetch_add(buf.len() as u64, Ordering::Relaxed);
-        finish(fail, ())
-    }
-
-    fn allocation(&self) -> Result<Extents<Allocation>> {
-        self.sim.wait_while_held("allocation", &self.ended);
-        let fail = self.sim.0.inner.lock().enter("allocation")?;
-        let mut map = Extents::new();
-        for granule in self.data.chunks(GRANULE) {
-            let zero = granule.iter().all(|b| *b == 0);
-            let kind = if zero {
-                Allocation::HOLE
-            } else {
-                Allocation::DATA
-            };
-            map.push(granule.len() as u64, kind);
-        }
-        finish(fail, map)
-    }
-
-    fn changed(&self, bitmaps: &[String]) -> Result<Extents<bool>> {
-        let mut inner = self.sim.0.inner.lock();
-        let fail = inner.enter("changed")?;
-        let granules = self.data.len().div_ceil(GRANULE);
-        let mut dirty = self
-            .recorded
-            .clone()
-            .unwrap_or_else(|| vec![false; granules]);
-        let disk = inner.disks.get(&self.target);
-        for name in bitmaps {
-            match disk.and_then(|d| d.bitmaps.get(name)) {
-                Some(bitmap) => union(&mut dirty, &bitmap.1),
-                None => return Err(Error::new(Kind::Stale, format!("bitmap {name} is gone"))),
-            }
-        }
-        let mut map = Extents::new();
-        for (granule, d) in self.data.chunks(GRANULE).zip(dirty) {
-            map.push(granule.len() as u64, d);
-        }
-        finish(fail, map)
-    }
-
-    fn bytes_pulled(&self) -> u64 {
-        self.pulled.load(Ordering::Relaxed)
     }
 }

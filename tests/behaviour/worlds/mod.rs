@@ -1,0 +1,6 @@
+//! The worlds.
+
+#[cfg(feature = "libvirt")]
+pub mod libvirt;
+pub mod qmp;
+pub mod sim;
