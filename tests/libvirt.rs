@@ -437,3 +437,73 @@ impl Drop for Ends {
         common::process::end(&mut self.0, Duration::from_secs(5));
     }
 }
+
+/// Somebody else's job that is no backup: nobody waits for it, and the sentence names it.
+#[test]
+fn a_job_of_somebody_else_is_named_at_once() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    libvirtd.virsh(&["resume", "vm"]);
+    let mount = mount(&libvirtd, Home::new());
+    mount.mkdir("checkpoints/mon").unwrap();
+    let saved = libvirtd.dir().join("saved");
+    std::thread::scope(|scope| {
+        let save = scope.spawn(|| libvirtd.try_virsh(&["save", "vm", text(&saved)]));
+        // libvirt's helper writes the file; while it is halted, the save goes on.
+        let helper = eventually("the helper", DEADLINE, || {
+            let all = common::process::naming(&saved);
+            all.into_iter().find(|(_, line)| line.contains("iohelper"))
+        });
+        common::process::signal(helper.0, libc::SIGSTOP);
+        eventually("the job", DEADLINE, || {
+            let info = libvirtd.try_virsh(&["domjobinfo", "vm"]).ok()?;
+            info.contains("Save").then_some(())
+        });
+        for made in ["checkpoints/tue", "backups/tue"] {
+            assert_eq!(errno(mount.mkdir(made)), libc::EBUSY, "{made}");
+            let said = mount.last_error();
+            assert!(said.contains("a save that someone else began"), "{said}");
+        }
+        assert_eq!(errno(mount.rmdir("checkpoints/mon")), libc::EBUSY);
+        common::process::signal(helper.0, libc::SIGCONT);
+        save.join().unwrap().unwrap();
+    });
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// A domain that libvirt no longer knows is lost until it is defined and runs again.
+#[test]
+fn an_undefined_domain_may_come_back() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    let document = libvirtd.dir().join("again.xml");
+    std::fs::write(&document, libvirtd.virsh(&["dumpxml", "--inactive", "vm"])).unwrap();
+    let mount = mount(&libvirtd, Home::new());
+    mount.mkdir("backups/b").unwrap();
+    // Undefined while it runs, it is gone when it ends.
+    libvirtd.virsh(&["undefine", "--checkpoints-metadata", "vm"]);
+    std::fs::read(mount.path("backups/b/dirty.map")).unwrap();
+    libvirtd.virsh(&["destroy", "vm"]);
+    let becomes = |file: &str, words: &str| {
+        eventually(words, DEADLINE, || {
+            let status = mount.read(file);
+            status.contains(words).then_some(status)
+        })
+    };
+    let status = becomes("backups/b/status", "state: failed");
+    assert!(status.contains("undefined"), "{status}");
+    becomes("status", "state: lost");
+    assert!(std::fs::read(mount.path("backups/b/disk.raw")).is_err());
+    mount.rmdir("backups/b").unwrap();
+    assert_eq!(errno(mount.mkdir("backups/no")), libc::ENOTCONN);
+
+    libvirtd.virsh(&["define", text(&document)]);
+    libvirtd.virsh(&["start", "--paused", "vm"]);
+    becomes("status", "state: connected");
+    mount.mkdir("backups/again").unwrap();
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}

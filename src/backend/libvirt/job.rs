@@ -13,7 +13,7 @@ use super::ffi::{self, Domain};
 use super::guard::State;
 use super::link::Link;
 use super::{Shared, quiesce};
-use crate::model::{Error, JobId, Mode, NewCheckpoint, Result};
+use crate::model::{Error, JobId, Kind, Mode, NewCheckpoint, Result};
 use crate::xml::{BackupDocument, LiveBackup};
 
 /// How often it is looked whether a job that was aborted is gone.
@@ -47,6 +47,57 @@ impl Mark {
             }
         }
     }
+}
+
+/// EBUSY if a job holds the domain: libvirt would let us wait for 30 s, and then say no.
+pub(super) fn is_free(shared: &Shared) -> Result<()> {
+    if let Some(running) = shared.running() {
+        if !running.is_over() {
+            return Err(Error::new(
+                Kind::Busy,
+                "libvirt lets a domain have one backup at a time, and one runs",
+            )
+            .hint("end that one first: rmdir; or wait until a push backup is written"));
+        }
+        running.end(shared)?;
+    }
+    let holder = shared.link.call("look for other jobs", |domain| {
+        Ok(match running(domain)? {
+            Some(backup) => Some(match backup.mode {
+                Mode::Pull => "a pull backup",
+                Mode::Push => "a push backup",
+            }),
+            None => other_than_a_backup(domain)?,
+        })
+    })?;
+    holder.map_or(Ok(()), |kind| Err(held(kind)))
+}
+
+/// What holds the domain, in libvirt's words, if that is no backup. While it does, checkpoints cannot be
+/// made, deleted or looked into; a backup is no hindrance to that.
+pub(super) fn other_than_a_backup(domain: &Domain) -> ffi::Result<Option<&'static str>> {
+    let Some(operation) = domain.job()? else {
+        return Ok(None);
+    };
+    Ok(match operation as sys::virDomainJobOperation {
+        sys::VIR_DOMAIN_JOB_OPERATION_BACKUP => None,
+        sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN
+        | sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT => Some("a migration"),
+        sys::VIR_DOMAIN_JOB_OPERATION_SAVE => Some("a save"),
+        sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
+        | sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT
+        | sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE => Some("a snapshot"),
+        sys::VIR_DOMAIN_JOB_OPERATION_DUMP => Some("a core dump"),
+        _ => Some("a job"),
+    })
+}
+
+pub(super) fn held(kind: &str) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!("the domain is held by {kind} that someone else began"),
+    )
+    .hint("wait for its end; virsh domjobinfo shows it, virsh domjobabort ends it")
 }
 
 /// Has libvirt begin the backup of the document, and make the checkpoint with it; its number of the

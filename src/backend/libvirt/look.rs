@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use virt_sys as sys;
 
 use super::ffi::{self, Domain};
+use super::job;
 use super::link::Link;
 use crate::model::{Bitmap, Checkpoint, CheckpointDisk, Disk, Error, Kind, Result};
 use crate::xml::{CheckpointDocument, LiveDisk, LiveDomain};
@@ -44,12 +45,8 @@ struct Answers {
 pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
     let answers = link.call("look at the domain", move |domain| {
         let xml = domain.xml()?;
-        let (state, reason) = domain.state()?;
-        let elsewhere = state as sys::virDomainState == sys::VIR_DOMAIN_PAUSED
-            && reason as u32 == sys::VIR_DOMAIN_PAUSED_MIGRATION;
-        if bitmaps && elsewhere {
-            // Its disks are not its own yet, or no longer: QEMU tells nothing of their bitmaps.
-            return Ok(None);
+        if bitmaps && let Some(why) = no_bitmaps_now(domain)? {
+            return Ok(Err(why));
         }
         let active = domain.is_active()?;
         // What cannot be read here is refused below.
@@ -66,19 +63,12 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
             };
             sizes.insert(disk.target, size);
         }
-        Ok(Some(Answers {
+        Ok(Ok(Answers {
             xml,
             sizes,
             checkpoints: checkpoints(domain, bitmaps)?,
         }))
-    })?;
-    let answers = answers.ok_or_else(|| {
-        Error::new(
-            Kind::Busy,
-            "the domain is being migrated, or was restored and has not run since",
-        )
-        .hint("wait for the migration; virsh resume lets a restored domain run")
-    })?;
+    })??;
     let domain = LiveDomain::read(answers.xml.as_bytes()).map_err(|e| odd("domain", &e))?;
     let documents = answers
         .checkpoints
@@ -108,6 +98,21 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
             .collect(),
         domain,
     })
+}
+
+/// Why QEMU cannot be asked for bitmaps, if it cannot. libvirt would let us wait for 30 s.
+fn no_bitmaps_now(domain: &Domain) -> ffi::Result<Option<Error>> {
+    let (state, reason) = domain.state()?;
+    if state as sys::virDomainState == sys::VIR_DOMAIN_PAUSED
+        && reason as u32 == sys::VIR_DOMAIN_PAUSED_MIGRATION
+    {
+        // Its disks are not its own yet, or no longer.
+        let why = "the domain is being migrated, or was restored and has not run since";
+        return Ok(Some(Error::new(Kind::Busy, why).hint(
+            "wait for the migration; virsh resume lets a restored domain run",
+        )));
+    }
+    Ok(job::other_than_a_backup(domain)?.map(job::held))
 }
 
 fn checkpoints(domain: &Domain, sizes: bool) -> ffi::Result<Vec<String>> {

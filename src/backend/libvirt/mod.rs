@@ -27,7 +27,7 @@ use super::source::Places;
 use super::watch::Watcher;
 use super::{Backend, Frozen, Listener, Notice, Pushing, scratch};
 use crate::model::{
-    BackupPlan, Checkpoint, CheckpointRemoval, Disk, DomainInfo, Error, JobId, Kind, Mode, Name,
+    BackupPlan, Checkpoint, CheckpointRemoval, Disk, DomainInfo, Error, JobId, Kind, Name,
     NewCheckpoint, PushPlan, RenameBitmap, Result,
 };
 use crate::xml::{CheckpointDocument, CheckpointDocumentDisk, DocumentBitmap, LiveBackup};
@@ -220,37 +220,6 @@ impl Shared {
             .ok_or_else(|| Error::new(Kind::NotFound, format!("the domain has no disk {target}")))
     }
 
-    /// EBUSY if a job holds the domain: libvirt would let us wait for 30 s, and then say no.
-    fn is_free(&self) -> Result<()> {
-        if let Some(running) = self.running() {
-            if !running.is_over() {
-                return Err(Error::new(
-                    Kind::Busy,
-                    "libvirt lets a domain have one backup at a time, and one runs",
-                )
-                .hint("end that one first: rmdir; or wait until a push backup is written"));
-            }
-            running.end(self)?;
-        }
-        let holder = self.link.call("look for other jobs", |domain| {
-            Ok(match job::running(domain)? {
-                Some(backup) => Some(match backup.mode {
-                    Mode::Pull => "a pull backup",
-                    Mode::Push => "a push backup",
-                }),
-                None => domain.job()?.map(kind_of_job),
-            })
-        })?;
-        match holder {
-            None => Ok(()),
-            Some(kind) => Err(Error::new(
-                Kind::Busy,
-                format!("the domain is held by {kind} that someone else began"),
-            )
-            .hint("wait for its end; virsh domjobinfo shows it, virsh domjobabort ends it")),
-        }
-    }
-
     /// The document of a new checkpoint. libvirt takes the time by itself, in whole seconds, so this
     /// waits until that is the one which is planned: no two are made in one second.
     fn checkpoint_xml(&self, new: &NewCheckpoint) -> String {
@@ -273,21 +242,6 @@ impl Shared {
             ..CheckpointDocument::default()
         }
         .write()
-    }
-}
-
-/// libvirt's words for what holds a domain.
-fn kind_of_job(operation: i32) -> &'static str {
-    match operation as sys::virDomainJobOperation {
-        sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN
-        | sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT => "a migration",
-        sys::VIR_DOMAIN_JOB_OPERATION_SAVE => "a save",
-        sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
-        | sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT
-        | sys::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE => "a snapshot",
-        sys::VIR_DOMAIN_JOB_OPERATION_DUMP => "a core dump",
-        sys::VIR_DOMAIN_JOB_OPERATION_BACKUP => "a backup",
-        _ => "a job",
     }
 }
 

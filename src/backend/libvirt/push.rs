@@ -59,7 +59,7 @@ pub(super) struct PushSession {
 
 /// Begins to copy the disks of the plan.
 pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush> {
-    shared.is_free()?;
+    job::is_free(shared)?;
     let parts = plan.disks.iter().map(|disk| Part::new(shared, disk));
     let parts = parts.collect::<Result<Vec<_>>>()?;
     let mark = Mark::Targets(parts.iter().map(|p| p.target.path().to_owned()).collect());

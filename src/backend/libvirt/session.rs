@@ -58,7 +58,7 @@ struct Part {
 
 /// Begins the backup of the plan.
 pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFrozen> {
-    shared.is_free()?;
+    job::is_free(shared)?;
     let dir = &shared.places.scratch;
     rundir::make_passable(dir).map_err(|e| {
         Error::new(Kind::Io, format!("cannot make {}: {e}", dir.display()))
