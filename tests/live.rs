@@ -373,3 +373,50 @@ fn a_migration_takes_its_checkpoints_along() {
     assert_eq!([0, MIB, 2 * MIB].map(|at| bytes[at as usize]), [1, 2, 3]);
     domain.close().unwrap();
 }
+
+/// To tell what 16 TiB are takes QEMU seconds, if they are in many pieces. A read asks about what
+/// surrounds it only, and a disk reads the same on both sides of where one question ends.
+#[test]
+fn a_read_of_a_large_disk_asks_about_its_surroundings() {
+    need!("qemu-system-x86_64", "qemu-img");
+    const GIB: u64 = 1 << 30;
+    let size = 16 << 40;
+    let f = fixture(&[size]);
+    let border = 64 * GIB;
+    let writes = [0, border - 8192, border, 3 * border + 4096, size - 4096];
+    for (pattern, at) in (1..).zip(writes) {
+        f.qemu.guest_write("vda", at, 4096, pattern);
+    }
+    let backup = f.domain.begin_backup(name("b")).unwrap();
+    f.qemu.guest_write("vda", border, 4096, 0xee);
+    let read = |at: u64, length: usize| {
+        let mut bytes = vec![0xaa; length];
+        assert_eq!(backup.read_at(0, at, &mut bytes).unwrap(), length);
+        bytes
+    };
+    let around = read(border - 8192, 16384);
+    for (page, pattern) in around.chunks(4096).zip([2, 0, 3, 0]) {
+        assert!(page.iter().all(|b| *b == pattern), "{pattern}");
+    }
+    assert!(read(0, 4096).iter().all(|b| *b == 1));
+    assert!(read(size - 4096, 4096).iter().all(|b| *b == 5));
+    assert_eq!(
+        backup.read_at(0, size - 100, &mut [0; 4096]).unwrap(),
+        100,
+        "the end of the disk"
+    );
+    // What is known to be zeros is asked of nobody, and nobody has asked for all.
+    let pulled = backup.bytes_pulled();
+    assert_eq!(backup.zeros_at(0, border + GRANULE, 1 << 20), Some(1 << 20));
+    assert_eq!(backup.zeros_at(0, border, 4096), None, "data");
+    assert_eq!(backup.zeros_at(0, 2 * border, 4096), None, "not asked yet");
+    assert!(read(2 * border, 1 << 20).iter().all(|b| *b == 0));
+    assert_eq!(backup.zeros_at(0, 2 * border, 4096), Some(4096));
+    assert_eq!(backup.bytes_pulled(), pulled);
+    assert!(backup.known_allocation(0).is_none());
+    let whole = backup.allocation(0).unwrap();
+    assert_eq!(whole.size(), size);
+    assert_eq!(backup.zeros_at(0, 9 * border, 4096), Some(4096));
+    assert!(read(3 * border + 4096, 4096).iter().all(|b| *b == 4));
+    f.domain.close().unwrap();
+}

@@ -574,7 +574,7 @@ fn close_interrupts_a_handshake() {
 
 fn status_fault(answer: impl Fn(Request) -> Vec<u8> + Send + Sync + 'static) -> Fault {
     let server = Server::status(65_536, &[BASE_ALLOCATION], answer);
-    block_status(&server.endpoint(), &[BASE_ALLOCATION], LONG)
+    block_status(&server.endpoint(), &[BASE_ALLOCATION], 0..u64::MAX, LONG)
         .unwrap_err()
         .fault
 }
@@ -656,7 +656,7 @@ fn errors_for_block_status() {
 #[test]
 fn a_context_that_is_not_granted() {
     let server = Server::raw(status_handshake(4096, &["base:other"]), false);
-    let fault = block_status(&server.endpoint(), &[BASE_ALLOCATION], LONG)
+    let fault = block_status(&server.endpoint(), &[BASE_ALLOCATION], 0..u64::MAX, LONG)
         .unwrap_err()
         .fault;
     assert!(
@@ -666,7 +666,7 @@ fn a_context_that_is_not_granted() {
 
     let unsupported = [greeting(), option_reply(8, ERROR | 1, b"")].concat();
     let server = Server::raw(unsupported, false);
-    let fault = block_status(&server.endpoint(), &[BASE_ALLOCATION], LONG)
+    let fault = block_status(&server.endpoint(), &[BASE_ALLOCATION], 0..u64::MAX, LONG)
         .unwrap_err()
         .fault;
     assert!(matches!(fault, Fault::Refused { option: 8, .. }), "{fault}");
@@ -690,7 +690,7 @@ fn a_large_disk_takes_few_requests() {
         }
         chunk(true, 5, r.cookie, &extents(100, &list))
     });
-    let maps = block_status(&server.endpoint(), &[BASE_ALLOCATION], LONG).unwrap();
+    let maps = block_status(&server.endpoint(), &[BASE_ALLOCATION], 0..u64::MAX, LONG).unwrap();
     assert_eq!((maps[0].size(), maps[0].count()), (16 * TIB, 10_001));
     // 4 GiB less 64 KiB each.
     assert_eq!(requests.load(Ordering::SeqCst), 4097);
@@ -731,7 +731,7 @@ proptest! {
             .concat()
         });
         let contexts = ["base:allocation", "x:y"];
-        let maps = block_status(&server.endpoint(), &contexts, LONG).unwrap();
+        let maps = block_status(&server.endpoint(), &contexts, 0..u64::MAX, LONG).unwrap();
         let (first, second): (Vec<u32>, Vec<u32>) = model.into_iter().unzip();
         prop_assert_eq!(bytes_of(&maps[0]), first);
         prop_assert_eq!(bytes_of(&maps[1]), second);
@@ -753,7 +753,7 @@ proptest! {
         bytes.extend(noise);
         let server = Server::raw(bytes, true);
         if status {
-            prop_assert!(block_status(&server.endpoint(), &[BASE_ALLOCATION], LONG).is_err());
+            prop_assert!(block_status(&server.endpoint(), &[BASE_ALLOCATION], 0..u64::MAX, LONG).is_err());
         } else {
             let pool = Pool::new(server.endpoint(), 1, LONG);
             prop_assert!(pool.read_at(0, &mut [0; 4096]).is_err());

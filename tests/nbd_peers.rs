@@ -158,7 +158,13 @@ fn qemus_maps_and_bytes() {
     let _server = QemuNbd::start(dir, &["-f", "qcow2", "-B", "since", "d.qcow2"]);
 
     let dirty = dirty_bitmap_context("since");
-    let maps = block_status(&endpoint(dir), &[&dirty, BASE_ALLOCATION], TIMEOUT).unwrap();
+    let maps = block_status(
+        &endpoint(dir),
+        &[&dirty, BASE_ALLOCATION],
+        0..u64::MAX,
+        TIMEOUT,
+    )
+    .unwrap();
     let runs = |i: usize| -> Vec<(u64, u64, u32)> {
         maps[i]
             .iter()

@@ -4,6 +4,8 @@
 //! tree, of metadata or of which bitmaps belong together: it is told what to do to which bitmap,
 //! does it on all disks at one instant or not at all, and hands out frozen disks.
 
+use std::ops::Range;
+
 use crate::model::{
     Allocation, BackupPlan, Checkpoint, CheckpointRemoval, Control, Disk, DomainInfo, Error,
     Extents, JobId, JobState, Name, NewCheckpoint, Outcome, PushPlan, RenameBitmap, Result,
@@ -167,8 +169,9 @@ pub trait FrozenDisk: Send + Sync {
     /// Fills `buf` from `offset`; the caller stays within the size.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// What is data and what reads as zeros. Asks each time; the caller keeps it.
-    fn allocation(&self) -> Result<Extents<Allocation>>;
+    /// What is data and what reads as zeros in a part of the disk, from its beginning on. Asks each
+    /// time; the caller keeps it.
+    fn allocation(&self, part: Range<u64>) -> Result<Extents<Allocation>>;
 
     /// What was written up to the instant: the union of the named bitmaps, which must not have
     /// changed since the instant, and of the frozen copy of the recording one. Asks each time.

@@ -2,15 +2,17 @@
 //! what is not known to be zeros.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
+use super::disk_map::DiskMap;
 use super::once::Once;
 use super::stamps::Tables;
-use crate::backend::Frozen;
+use crate::backend::{Frozen, FrozenDisk};
 use crate::model::{
     Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Outcome,
     PublicExport, Result, ServerAddress,
@@ -83,7 +85,7 @@ pub struct BackupDisk {
     /// instant, and its content is in the frozen copy.
     pub(super) links: Vec<Link>,
     pub(super) stamps: Once<Stamps>,
-    pub(super) allocation: Once<Extents<Allocation>>,
+    pub(super) map: DiskMap,
     pub(super) changes: Mutex<HashMap<u32, Arc<Once<Extents<Change>>>>>,
 }
 
@@ -237,15 +239,38 @@ impl Backup {
     /// What each part of a disk is; asked of the domain once.
     pub fn allocation(&self, disk: usize) -> Result<Arc<Extents<Allocation>>> {
         let (own, frozen) = self.disk(disk)?;
-        own.allocation.get(|| {
-            let map = frozen.allocation().map_err(|e| self.during(own, e))?;
-            self.whole(own, map)
-        })
+        own.map.whole(|part| self.ask(own, frozen, part))
     }
 
     /// What each part of a disk is, if the domain has been asked already. Never waits.
     pub fn known_allocation(&self, disk: usize) -> Option<Arc<Extents<Allocation>>> {
-        self.disks.get(disk)?.allocation.known()
+        self.disks.get(disk)?.map.known()
+    }
+
+    /// Bytes that are data in a part of a disk; none if that takes long to tell. It is asked meanwhile.
+    pub fn data_within(
+        self: &Arc<Self>,
+        disk: usize,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<u64>> {
+        let (own, frozen) = self.disk(disk)?;
+        let data = |map: &Extents<Allocation>, from: u64| {
+            let data = map.clip(from, length).filter(|e| !e.kind.zero);
+            data.map(|e| e.length).sum()
+        };
+        if own.map.is_in_one_piece(offset, length) && length > 0 {
+            let piece = own.map.around(offset, |part| self.ask(own, frozen, part))?;
+            return Ok(Some(data(&piece.map, offset - piece.start)));
+        }
+        let [maker, other] = [Arc::clone(self), Arc::clone(self)];
+        let make = move || maker.allocation(disk);
+        let done = move || {
+            if let Some(own) = other.disks.get(disk) {
+                own.map.made();
+            }
+        };
+        Ok(own.map.soon(make, done)?.map(|map| data(&map, offset)))
     }
 
     /// What became of each part of a disk since a checkpoint, if the domain has been asked already.
@@ -273,7 +298,7 @@ impl Backup {
             let older = &own.links[place..own.links.len() - 1];
             let bitmaps: Vec<String> = older.iter().map(|l| l.bitmap.clone()).collect();
             let dirty = frozen.changed(&bitmaps).map_err(|e| self.during(own, e))?;
-            let dirty = self.whole(own, dirty)?;
+            let dirty = self.whole(own, own.size, dirty)?;
             Ok(view::changes(&dirty, &*self.allocation(disk)?))
         })
     }
@@ -298,12 +323,13 @@ impl Backup {
     /// How many zeros a read of `length` bytes gets, if it is known already that it gets nothing else.
     /// Never waits.
     pub fn zeros_at(&self, disk: usize, offset: u64, length: usize) -> Option<usize> {
-        let map = self.known_allocation(disk)?;
-        if self.frozen.failure().is_some() || !view::raw::is_zero(&map, offset, length as u64) {
-            return None;
-        }
-        let left = map.size().saturating_sub(offset);
-        Some(usize::try_from(left).map_or(length, |left| left.min(length)))
+        let own = self.disks.get(disk)?;
+        let left = own.size.saturating_sub(offset);
+        let length = usize::try_from(left).map_or(length, |left| left.min(length));
+        let known = own.map.known_around(offset)?;
+        let zeros = offset + length as u64 <= known.end()
+            && view::raw::is_zero(&known.map, offset - known.start, length as u64);
+        (zeros && self.frozen.failure().is_none()).then_some(length)
     }
 
     /// Reads up to the end of `buf` or of the disk; the count of bytes read.
@@ -314,26 +340,52 @@ impl Backup {
         }
         let left = own.size.saturating_sub(offset);
         let length = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
-        let map = self.allocation(disk)?;
-        view::raw::read(&map, offset, &mut buf[..length], |at, part| {
-            frozen.read_at(at, part).map_err(|e| {
-                let what = format!("{} bytes at {at}", part.len());
-                self.during(own, e.during(what))
-            })
-        })?;
+        let mut rest = &mut buf[..length];
+        let mut at = offset;
+        while !rest.is_empty() {
+            let known = own.map.around(at, |part| self.ask(own, frozen, part))?;
+            let within = usize::try_from(known.end() - at).unwrap_or(usize::MAX);
+            let (part, tail) = rest.split_at_mut(within.min(rest.len()));
+            view::raw::read(&known.map, at - known.start, part, |from, part| {
+                let from = known.start + from;
+                frozen.read_at(from, part).map_err(|e| {
+                    let what = format!("{} bytes at {from}", part.len());
+                    self.during(own, e.during(what))
+                })
+            })?;
+            at += part.len() as u64;
+            rest = tail;
+        }
         Ok(length)
     }
 
-    /// A map that does not end where the disk ends would make offsets lie.
-    fn whole<K: Copy + PartialEq>(&self, disk: &BackupDisk, map: Extents<K>) -> Result<Extents<K>> {
-        if map.size() == disk.size {
+    /// What a part of a disk is.
+    fn ask(
+        &self,
+        own: &BackupDisk,
+        frozen: &dyn FrozenDisk,
+        part: Range<u64>,
+    ) -> Result<Extents<Allocation>> {
+        let length = part.end - part.start;
+        let map = frozen.allocation(part).map_err(|e| self.during(own, e))?;
+        self.whole(own, length, map)
+    }
+
+    /// A map that does not end where it should would make offsets lie.
+    fn whole<K: Copy + PartialEq>(
+        &self,
+        disk: &BackupDisk,
+        length: u64,
+        map: Extents<K>,
+    ) -> Result<Extents<K>> {
+        if map.size() == length {
             return Ok(map);
         }
-        let message = format!("the map covers {} of {} bytes", map.size(), disk.size);
+        let message = format!("the map covers {} of {length} bytes", map.size());
         Err(self.during(disk, Error::new(Kind::Io, message)))
     }
 
-    fn disk(&self, index: usize) -> Result<(&BackupDisk, &dyn crate::backend::FrozenDisk)> {
+    fn disk(&self, index: usize) -> Result<(&BackupDisk, &dyn FrozenDisk)> {
         let own = self.disks.get(index);
         let frozen = self.frozen.disks().get(index);
         own.zip(frozen).map(|(o, f)| (o, &**f)).ok_or_else(|| {

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::backup::{Backup, BackupDisk, Link, Since};
 use super::checkpoints::no_checkpoint;
+use super::disk_map::DiskMap;
 use super::domain::{Changes, CheckpointEntry, Domain};
 use super::history::Chain;
 use super::job::{Job, Push, PushDisk};
@@ -411,7 +412,7 @@ impl Start<'_> {
                 })
                 .collect(),
             stamps: Once::new(),
-            allocation: Once::new(),
+            map: DiskMap::new(disk.size),
             changes: Mutex::new(HashMap::new()),
         })
     }

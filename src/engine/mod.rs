@@ -15,6 +15,7 @@
 mod backup;
 mod backups;
 mod checkpoints;
+mod disk_map;
 mod documents;
 mod domain;
 mod history;

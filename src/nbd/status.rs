@@ -14,6 +14,7 @@
 //! A connection of its own serves each walk: it needs structured replies, which data connections
 //! do better without, and it is over in milliseconds.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::socket::{Deadline, Socket};
@@ -30,12 +31,14 @@ const MAX_CHUNK: u32 = 16 << 20;
 /// A map with more extents than this (1 GiB of memory) is not a disk but an attack.
 const MAX_EXTENTS: usize = 1 << 26;
 
-/// The status flags of the whole export, one map for each of `contexts` in their order, such as
-/// [`BASE_ALLOCATION`](super::BASE_ALLOCATION). `timeout` bounds the handshake and each request;
+/// The status flags of a part of the export, one map for each of `contexts` in their order, such as
+/// [`BASE_ALLOCATION`](super::BASE_ALLOCATION); a map counts from the beginning of the part. `timeout`
+/// bounds the handshake and each request;
 /// a server that does not have one of the contexts is a [`Fault::Refused`].
 pub fn block_status(
     endpoint: &Endpoint,
     contexts: &[&str],
+    part: Range<u64>,
     timeout: Duration,
 ) -> Result<Vec<Extents<u32>>, Error> {
     let deadline = Deadline::after(timeout);
@@ -46,7 +49,8 @@ pub fn block_status(
 
     let mut walk = Walk {
         socket,
-        size: granted.size,
+        start: part.start,
+        end: part.end.min(granted.size),
         maps: vec![Extents::new(); contexts.len()],
         ids: granted.contexts,
         cookie: 0,
@@ -63,8 +67,9 @@ pub fn block_status(
 
 struct Walk {
     socket: Socket,
-    /// Of the export.
-    size: u64,
+    /// Of the part, on the export.
+    start: u64,
+    end: u64,
     /// Context ids, and for each the map so far.
     ids: Vec<u32>,
     maps: Vec<Extents<u32>>,
@@ -74,16 +79,16 @@ struct Walk {
 }
 
 impl Walk {
-    /// Where the shortest map ends, or none if all are complete.
+    /// Where on the export the shortest map ends, or none if all are complete.
     fn position(&self) -> Option<u64> {
-        let shortest = self.maps.iter().map(Extents::size).min()?;
-        (shortest < self.size).then_some(shortest)
+        let shortest = self.start + self.maps.iter().map(Extents::size).min()?;
+        (shortest < self.end).then_some(shortest)
     }
 
     /// One request and all chunks of its reply. Each map then ends after `offset`.
     fn step(&mut self, offset: u64, deadline: Deadline) -> Result<(), Fault> {
         self.cookie += 1;
-        let length = (self.size - offset).min(MAX_LENGTH);
+        let length = (self.end - offset).min(MAX_LENGTH);
         let request = wire::request(
             wire::CMD_BLOCK_STATUS,
             self.cookie,
@@ -106,7 +111,7 @@ impl Walk {
                         context.and_then(|i| Some((self.maps.get_mut(i)?, answered.get_mut(i)?)));
                     match slot {
                         Some((map, seen)) if !*seen => {
-                            append(map, offset..offset + length, self.size, at.0)?;
+                            append(map, offset..offset + length, self.start..self.end, at.0)?;
                             *seen = true;
                         }
                         Some(_) => return Err(Fault::protocol(format!("context {id} twice"))),
@@ -155,12 +160,12 @@ impl Walk {
     }
 }
 
-/// Adds one context's answer for `asked` to its map, which may know the beginning already.
+/// Adds one context's answer for `asked` to its map of `part`, which may know the beginning already.
 /// `descriptors` are pairs of a 32-bit length and flags ("NBD_REPLY_TYPE_BLOCK_STATUS").
 fn append(
     map: &mut Extents<u32>,
-    asked: std::ops::Range<u64>,
-    size: u64,
+    asked: Range<u64>,
+    part: Range<u64>,
     descriptors: &[u8],
 ) -> Result<(), Fault> {
     if descriptors.is_empty() || !descriptors.len().is_multiple_of(8) {
@@ -178,7 +183,8 @@ fn append(
             return Err(Fault::protocol("an extent of no bytes"));
         }
         end += u64::from(length);
-        map.push(end.min(size).saturating_sub(map.size()), flags);
+        let known = part.start + map.size();
+        map.push(end.min(part.end).saturating_sub(known), flags);
     }
     if map.count() > MAX_EXTENTS {
         return Err(Fault::protocol("too many extents"));
@@ -209,11 +215,11 @@ mod tests {
     fn what_does_not_fit_is_refused() {
         let bad: [&[(u32, u32)]; 4] = [&[], &[(0, 1)], &[(5, 1), (0, 1)], &[(10, 1), (1, 0)]];
         for extents in bad {
-            let result = append(&mut Extents::new(), 0..10, 100, &descriptors(extents));
+            let result = append(&mut Extents::new(), 0..10, 0..100, &descriptors(extents));
             assert!(matches!(result, Err(Fault::Protocol(_))), "{extents:?}");
         }
         for bytes in 1..8 {
-            let result = append(&mut Extents::new(), 0..10, 100, &vec![1; bytes]);
+            let result = append(&mut Extents::new(), 0..10, 0..100, &vec![1; bytes]);
             assert!(matches!(result, Err(Fault::Protocol(_))), "{bytes}");
         }
     }
@@ -221,31 +227,35 @@ mod tests {
     #[test]
     fn the_last_extent_may_exceed_what_was_asked_but_not_the_disk() {
         let mut map = Extents::new();
-        append(&mut map, 0..10, 100, &descriptors(&[(4, 1), (50, 2)])).unwrap();
+        append(&mut map, 0..10, 0..100, &descriptors(&[(4, 1), (50, 2)])).unwrap();
         assert_eq!(map.size(), 54);
-        append(&mut map, 54..64, 100, &descriptors(&[(u32::MAX, 3)])).unwrap();
+        append(&mut map, 54..64, 0..100, &descriptors(&[(u32::MAX, 3)])).unwrap();
         assert_eq!((map.size(), map.count()), (100, 3));
     }
 
     proptest! {
         /// A server that answers for random lengths, cut at random places: the map says of every
-        /// byte what the server holds there, however the answers overlap.
+        /// byte of a part what the server holds there, however the answers overlap.
         #[test]
         fn answers_add_up(
             disk in proptest::collection::vec(0u32..3, 1..60),
             asked in 1u64..40,
+            (start, length) in (0u64..60, 1u64..60),
             cuts in proptest::collection::vec((1usize..30, 0u64..8), 1..20),
         ) {
             let size = disk.len() as u64;
+            let start = start.min(size - 1);
+            let part = start..size.min(start + length);
             let mut map = Extents::new();
             let mut turns = cuts.iter().cycle();
             let mut turn = 0;
-            while map.size() < size {
+            while start + map.size() < part.end {
                 let &(cover, back) = turns.next().unwrap();
                 // Another context may have been answered for less; but some turns make progress.
                 turn += 1;
-                let from = map.size().saturating_sub(if turn % 2 == 0 { back } else { 0 });
-                let to = (from + asked).min(size);
+                let back = if turn % 2 == 0 { back } else { 0 };
+                let from = start + map.size().saturating_sub(back);
+                let to = (from + asked).min(part.end);
                 // The lengths of what it answers: single bytes up to `cover`, and beyond the end
                 // of the request only within the last extent.
                 let mut answer: Vec<(u32, u32)> = Vec::new();
@@ -256,8 +266,9 @@ mod tests {
                         _ => answer.push((1, flags)),
                     }
                 }
-                append(&mut map, from..to, size, &descriptors(&answer)).unwrap();
-                prop_assert_eq!(&flags_of(&map)[..], &disk[..map.size() as usize]);
+                append(&mut map, from..to, part.clone(), &descriptors(&answer)).unwrap();
+                let known = start as usize..(start + map.size()) as usize;
+                prop_assert_eq!(&flags_of(&map)[..], &disk[known]);
             }
         }
 
@@ -267,7 +278,7 @@ mod tests {
             known in 0u64..20,
         ) {
             let mut map = Extents::uniform(known, 0);
-            let _ = append(&mut map, known.min(7)..1 << 32, 1 << 40, &bytes);
+            let _ = append(&mut map, known.min(7)..1 << 32, 0..1 << 40, &bytes);
             prop_assert!(map.size() >= known && map.size() <= 1 << 40);
         }
     }

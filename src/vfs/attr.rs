@@ -284,9 +284,18 @@ impl Vfs {
         }
         if ask || (self.content_is_known(node) && self.is_stamped(node)) {
             let content = self.content(node)?;
+            let size = content.size();
+            let Some(blocks) = content.blocks()? else {
+                // Less than the size, so that tools look for holes before they copy.
+                return Ok(Extent {
+                    size,
+                    blocks: (size / 512).saturating_sub(8),
+                    ttl: Duration::ZERO,
+                });
+            };
             return Ok(Extent {
-                size: content.size(),
-                blocks: content.blocks()?,
+                size,
+                blocks,
                 // The number may be another night's before long.
                 ttl: match node {
                     Node::Slice(..) => Duration::ZERO,

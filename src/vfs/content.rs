@@ -86,16 +86,16 @@ impl Content {
         }
     }
 
-    /// Blocks of 512 bytes that are not holes. Asks the domain, once a backup.
-    pub(super) fn blocks(&self) -> Result<u64> {
+    /// Blocks of 512 bytes that are not holes; none if that takes long to tell. Asks the domain, once a
+    /// backup.
+    pub(super) fn blocks(&self) -> Result<Option<u64>> {
         Ok(match &self.form {
             Form::Part { start, size } => {
-                let map = self.backup.allocation(self.disk)?;
-                let data = map.clip(*start, *size).filter(|e| !e.kind.zero);
-                data.map(|e| e.length).sum::<u64>().div_ceil(512)
+                let data = self.backup.data_within(self.disk, *start, *size)?;
+                data.map(|bytes| bytes.div_ceil(512))
             }
-            Form::Changed(changes) => raw::blocks(&**changes),
-            Form::Image(image) => image.size().div_ceil(512),
+            Form::Changed(changes) => Some(raw::blocks(&**changes)),
+            Form::Image(image) => Some(image.size().div_ceil(512)),
         })
     }
 

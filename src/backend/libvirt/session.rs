@@ -6,6 +6,7 @@
 //! closes our connections first. Where somebody else ends the job (virsh domjobabort) nothing can be
 //! done about that moment; the backup is then failed, and what was copied is none.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -358,11 +359,11 @@ impl LibvirtDisk {
         self.session.fate.failure().unwrap_or(error)
     }
 
-    fn status(&self, context: &str) -> Result<Extents<u32>> {
+    fn status(&self, context: &str, part: Range<u64>) -> Result<Extents<u32>> {
         if let Some(why) = self.session.fate.failure() {
             return Err(why);
         }
-        let mut maps = nbd::block_status(&self.endpoint, &[context], self.timeout)
+        let mut maps = nbd::block_status(&self.endpoint, &[context], part, self.timeout)
             .map_err(|e| self.explain(error(e)))?;
         maps.pop()
             .ok_or_else(|| Error::new(Kind::Io, format!("no map {context} came")))
@@ -381,8 +382,11 @@ impl FrozenDisk for LibvirtDisk {
         self.session.fate.failure().map_or(Ok(()), Err)
     }
 
-    fn allocation(&self) -> Result<Extents<Allocation>> {
-        let ask = || Ok(self.status(nbd::BASE_ALLOCATION)?.map(allocation));
+    fn allocation(&self, part: Range<u64>) -> Result<Extents<Allocation>> {
+        let ask = || {
+            let map = self.status(nbd::BASE_ALLOCATION, part.clone())?;
+            Ok(map.map(allocation))
+        };
         let first = ask()?;
         Ok(first.zip(&ask()?, surely))
     }
@@ -396,7 +400,7 @@ impl FrozenDisk for LibvirtDisk {
                 "libvirt lists what changed since the backup's base and nothing else",
             ));
         };
-        let map = self.status(&nbd::dirty_bitmap_context(changes))?;
+        let map = self.status(&nbd::dirty_bitmap_context(changes), 0..part.size)?;
         Ok(map.map(|flags| flags & nbd::STATE_DIRTY != 0))
     }
 

@@ -1,5 +1,6 @@
 //! A running backup as the engine sees it: reads and maps over NBD.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -128,10 +129,10 @@ impl QemuDisk {
         Ok(value)
     }
 
-    fn status(&self, export: &str, context: &str) -> Result<Extents<u32>> {
+    fn status(&self, export: &str, context: &str, part: Range<u64>) -> Result<Extents<u32>> {
         let endpoint = endpoint(&self.shared, export);
         let timeout = self.shared.places.timeout;
-        let ask = || nbd::block_status(&endpoint, &[context], timeout).map_err(error);
+        let ask = || nbd::block_status(&endpoint, &[context], part, timeout).map_err(error);
         let mut maps = self.shared.in_traffic(ask).map_err(|e| self.explain(e))?;
         maps.pop()
             .ok_or_else(|| Error::new(Kind::Io, format!("no map {context} came")))
@@ -163,10 +164,10 @@ impl FrozenDisk for QemuDisk {
         }
     }
 
-    fn allocation(&self) -> Result<Extents<Allocation>> {
+    fn allocation(&self, part: Range<u64>) -> Result<Extents<Allocation>> {
         let names = &self.part().names;
         let ask = |export: &str| {
-            let map = self.status(export, nbd::BASE_ALLOCATION)?;
+            let map = self.status(export, nbd::BASE_ALLOCATION, part.clone())?;
             Ok(map.map(allocation))
         };
         match self.access {
@@ -201,7 +202,7 @@ impl FrozenDisk for QemuDisk {
             .and_then(|()| {
                 let bitmap = [(overlay.as_str(), UNION)];
                 self.with_export(&part.names.access(), &bitmap, |export| {
-                    self.status(export, &nbd::dirty_bitmap_context(UNION))
+                    self.status(export, &nbd::dirty_bitmap_context(UNION), 0..part.size)
                 })
             });
         let removed = monitor.bitmap_remove(&overlay, UNION);

@@ -1,5 +1,6 @@
 //! Backups of a simulated domain.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -139,11 +140,12 @@ impl FrozenDisk for SimFrozenDisk {
         finish(fail, ())
     }
 
-    fn allocation(&self) -> Result<Extents<Allocation>> {
+    fn allocation(&self, part: Range<u64>) -> Result<Extents<Allocation>> {
         self.sim.wait_while_held("allocation", &self.fate);
         let fail = self.sim.0.inner.lock().enter("allocation")?;
         let mut map = Extents::new();
-        for granule in self.data.chunks(GRANULE) {
+        let part = &self.data[part.start as usize..part.end as usize];
+        for granule in part.chunks(GRANULE) {
             let zero = granule.iter().all(|b| *b == 0);
             let kind = if zero {
                 Allocation::HOLE
