@@ -415,7 +415,7 @@ fn three_at_once_end_in_all_six_orders() {
         let two = f.domain.begin_backup(name("two")).unwrap();
         let at_two = models[0].1.clone();
         scatter(&f, &mut rng, &mut models);
-        let ids: Vec<u32> = f.domain.jobs().iter().map(Job::id).collect();
+        let ids: Vec<u32> = f.domain.jobs().iter().map(|job| job.id()).collect();
         assert!(ids.len() == 3 && !ids.contains(&0), "{ids:?}");
         assert_eq!(
             f.domain.backup_xml(0).unwrap_err().kind(),

@@ -2,7 +2,7 @@
 //! what is not known to be zeros.
 
 use std::collections::HashMap;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
@@ -10,12 +10,13 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::disk_map::DiskMap;
+use super::job::Head;
 use super::once::Once;
 use super::stamps::Tables;
 use crate::backend::{Frozen, FrozenDisk};
 use crate::model::{
-    Allocation, Change, Checkpoint, Disk, Error, Extents, JobId, JobState, Kind, Name, Outcome,
-    PublicExport, Result, ServerAddress,
+    Allocation, Change, Error, Extents, JobState, Kind, Name, Outcome, PublicExport, Result,
+    ServerAddress,
 };
 use crate::view;
 use crate::view::slices::Stamps;
@@ -33,14 +34,8 @@ pub struct Since {
 
 /// The domain's disks at one instant.
 pub struct Backup {
-    pub(super) id: JobId,
-    pub(super) name: Name,
-    pub(super) begun: SystemTime,
+    pub(super) head: Head,
     pub(super) base: Option<Since>,
-    /// The backup's checkpoint as it was at the instant: it may be renamed or deleted later.
-    pub(super) checkpoint: Option<Checkpoint>,
-    /// The domain's disks as they were at the instant.
-    pub(super) domain_disks: Vec<Disk>,
     pub(super) since: Vec<Since>,
     pub(super) disks: Vec<BackupDisk>,
     /// Where other NBD clients can read the disks, if anywhere.
@@ -131,41 +126,19 @@ impl BackupDisk {
     }
 }
 
+impl Deref for Backup {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        &self.head
+    }
+}
+
 impl Backup {
-    /// The job id.
-    pub fn id(&self) -> JobId {
-        self.id
-    }
-
-    /// The backup's name.
-    pub fn name(&self) -> &Name {
-        &self.name
-    }
-
-    /// The frozen instant; equals its checkpoint's creation time if it made one.
-    pub fn begun(&self) -> SystemTime {
-        self.begun
-    }
-
     /// The checkpoint that changes are listed since, if it is the same on every disk: as a rule the
     /// newest before the backup's own.
     pub fn base(&self) -> Option<&Since> {
         self.base.as_ref()
-    }
-
-    /// The backup's own checkpoint.
-    pub fn checkpoint(&self) -> Option<&Name> {
-        self.checkpoint.as_ref().map(|c| &c.name)
-    }
-
-    /// The backup's own checkpoint as it was at the instant.
-    pub fn checkpoint_record(&self) -> Option<&Checkpoint> {
-        self.checkpoint.as_ref()
-    }
-
-    /// The domain's disks as they were at the instant.
-    pub fn domain_disks(&self) -> &[Disk] {
-        &self.domain_disks
     }
 
     /// Every checkpoint that can be trusted on at least one disk, oldest first.

@@ -12,7 +12,7 @@ use super::checkpoints::no_checkpoint;
 use super::disk_map::DiskMap;
 use super::domain::{Changes, CheckpointEntry, Domain};
 use super::history::Chain;
-use super::job::{Job, Push, PushDisk};
+use super::job::{Head, Job, Push, PushDisk};
 use super::once::Once;
 use super::request::{
     BackupRequest, Base, CheckpointRequest, CopyRequest, OwnCheckpoint, PullDisk, Work,
@@ -163,20 +163,15 @@ impl Domain {
             .filter(|e| own_disks.iter().any(|d| d.knows_since(e.id)))
             .map(|e| since(e))
             .collect();
-        let made = new.is_some();
-        let (frozen, begun) = self.at_an_instant(changes, start, new, |new| {
+        let (frozen, head) = self.at_an_instant(changes, start, new, |new| {
             plan.checkpoint = new.cloned();
             self.backend.begin(&plan)
         })?;
         // Nobody else can begin: the caller holds the right to change anything.
         let running = self.backups();
         Ok(Job::Pull(Arc::new(Backup {
-            id: start.id,
-            name: start.name.clone(),
-            begun,
+            head,
             base: common(own_disks.iter().map(|d| d.base.clone())),
-            checkpoint: start.own_checkpoint(made.then_some(begun)),
-            domain_disks: start.disks.to_vec(),
             since: known,
             disks: own_disks,
             server: server.cloned(),
@@ -230,31 +225,34 @@ impl Domain {
                 note: disk.no_checkpoint.clone(),
             });
         }
-        let made = new.is_some();
-        let (pushing, begun) = self.at_an_instant(changes, start, new, |new| {
+        let (pushing, head) = self.at_an_instant(changes, start, new, |new| {
             plan.checkpoint = new.cloned();
             self.backend.push(&plan)
         })?;
         Ok(Job::Push(Arc::new(Push {
-            id: start.id,
-            name: start.name.clone(),
-            begun,
+            head,
             base: common(own_disks.iter().map(|d| d.base.clone())),
-            checkpoint: start.own_checkpoint(made.then_some(begun)),
-            domain_disks: start.disks.to_vec(),
             disks: own_disks,
             pushing,
         })))
     }
 
-    /// Has `work` done together with the new checkpoint, if there is one; and when that was.
+    /// Has `work` done together with the new checkpoint, if there is one; and when that was, with the
+    /// rest of what every backup has.
     fn at_an_instant<T>(
         &self,
         changes: &mut Changes,
         start: &Start<'_>,
         new: Option<Checkpoint>,
         work: impl FnOnce(Option<&NewCheckpoint>) -> Result<T>,
-    ) -> Result<(T, SystemTime)> {
+    ) -> Result<(T, Head)> {
+        let head = |begun, made| Head {
+            id: start.id,
+            name: start.name.clone(),
+            begun,
+            checkpoint: start.own_checkpoint(made),
+            domain_disks: start.disks.to_vec(),
+        };
         match new {
             Some(new) => {
                 let (name, planned) = (new.name.clone(), new.created);
@@ -262,7 +260,8 @@ impl Domain {
                     self.with_new_checkpoint(changes, new, start.disks, |new| work(Some(new)))?;
                 let mut known = changes.record.checkpoints.iter();
                 let known = known.find(|c| c.name == name);
-                Ok((made, known.map_or(planned, |c| c.created)))
+                let begun = known.map_or(planned, |c| c.created);
+                Ok((made, head(begun, Some(begun))))
             }
             None => {
                 // No two instants have the same time, whatever the clock does: stamps depend on it.
@@ -271,7 +270,7 @@ impl Domain {
                 record.last_created = Some(begun);
                 self.store.save(&record)?;
                 changes.record = record;
-                Ok((work(None)?, begun))
+                Ok((work(None)?, head(begun, None)))
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Running backups of either mode, under one roof: a pull backup is read, a push backup is written
 //! by QEMU and only watched here.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -19,19 +20,64 @@ pub enum Job {
     Push(Arc<Push>),
 }
 
-/// A backup that QEMU writes into targets by itself.
-pub struct Push {
+/// What every running backup has, whoever copies.
+pub struct Head {
     pub(super) id: JobId,
     pub(super) name: Name,
     pub(super) begun: SystemTime,
-    /// The checkpoint since which changes are copied, by name, if that is the same for all disks.
-    pub(super) base: Option<Name>,
-    /// The backup's checkpoint as it was at the instant.
+    /// The backup's checkpoint as it was at the instant: it may be renamed or deleted later.
     pub(super) checkpoint: Option<Checkpoint>,
     /// The domain's disks as they were at the instant.
     pub(super) domain_disks: Vec<Disk>,
+}
+
+impl Head {
+    /// The job id.
+    pub fn id(&self) -> JobId {
+        self.id
+    }
+
+    /// The backup's name.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// The frozen instant; equals its checkpoint's creation time if it made one.
+    pub fn begun(&self) -> SystemTime {
+        self.begun
+    }
+
+    /// The backup's own checkpoint.
+    pub fn checkpoint(&self) -> Option<&Name> {
+        self.checkpoint.as_ref().map(|c| &c.name)
+    }
+
+    /// The backup's own checkpoint as it was at the instant.
+    pub fn checkpoint_record(&self) -> Option<&Checkpoint> {
+        self.checkpoint.as_ref()
+    }
+
+    /// The domain's disks as they were at the instant.
+    pub fn domain_disks(&self) -> &[Disk] {
+        &self.domain_disks
+    }
+}
+
+/// A backup that QEMU writes into targets by itself.
+pub struct Push {
+    pub(super) head: Head,
+    /// The checkpoint since which changes are copied, by name, if that is the same for all disks.
+    pub(super) base: Option<Name>,
     pub(super) disks: Vec<PushDisk>,
     pub(super) pushing: Box<dyn Pushing>,
+}
+
+impl Deref for Push {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        &self.head
+    }
 }
 
 /// One disk of a push backup.
@@ -49,6 +95,17 @@ pub struct PushDisk {
     pub note: Option<String>,
 }
 
+impl Deref for Job {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        match self {
+            Self::Pull(backup) => backup,
+            Self::Push(push) => push,
+        }
+    }
+}
+
 impl Job {
     /// The backup, if its disks can be read.
     pub fn pull(&self) -> Option<&Arc<Backup>> {
@@ -58,51 +115,11 @@ impl Job {
         }
     }
 
-    /// The job id.
-    pub fn id(&self) -> JobId {
-        match self {
-            Self::Pull(backup) => backup.id(),
-            Self::Push(push) => push.id,
-        }
-    }
-
-    /// The backup's name.
-    pub fn name(&self) -> &Name {
-        match self {
-            Self::Pull(backup) => backup.name(),
-            Self::Push(push) => &push.name,
-        }
-    }
-
     /// Who copies.
     pub fn mode(&self) -> Mode {
         match self {
             Self::Pull(_) => Mode::Pull,
             Self::Push(_) => Mode::Push,
-        }
-    }
-
-    /// The frozen instant.
-    pub fn begun(&self) -> SystemTime {
-        match self {
-            Self::Pull(backup) => backup.begun(),
-            Self::Push(push) => push.begun,
-        }
-    }
-
-    /// The backup's own checkpoint as it was at the instant.
-    pub fn checkpoint_record(&self) -> Option<&Checkpoint> {
-        match self {
-            Self::Pull(backup) => backup.checkpoint_record(),
-            Self::Push(push) => push.checkpoint.as_ref(),
-        }
-    }
-
-    /// The domain's disks as they were at the instant.
-    pub fn domain_disks(&self) -> &[Disk] {
-        match self {
-            Self::Pull(backup) => backup.domain_disks(),
-            Self::Push(push) => &push.domain_disks,
         }
     }
 
@@ -126,29 +143,9 @@ impl Job {
 }
 
 impl Push {
-    /// The job id.
-    pub fn id(&self) -> JobId {
-        self.id
-    }
-
-    /// The backup's name.
-    pub fn name(&self) -> &Name {
-        &self.name
-    }
-
-    /// The frozen instant.
-    pub fn begun(&self) -> SystemTime {
-        self.begun
-    }
-
     /// The checkpoint since which changes are copied, if it is the same on every disk.
     pub fn base(&self) -> Option<&Name> {
         self.base.as_ref()
-    }
-
-    /// The backup's own checkpoint as it was at the instant.
-    pub fn checkpoint(&self) -> Option<&Checkpoint> {
-        self.checkpoint.as_ref()
     }
 
     /// The disks, in the domain's order.

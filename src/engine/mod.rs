@@ -34,7 +34,7 @@ mod store;
 pub use backup::{Backup, BackupDisk, Since};
 pub use documents::{CreateFlags, DescribeFlags};
 pub use domain::{CheckpointEntry, Domain, Options};
-pub use job::{Job, Push, PushDisk};
+pub use job::{Head, Job, Push, PushDisk};
 pub use listing::ListFilter;
 pub use request::{
     BackupRequest, Base, BitmapRequest, CheckpointRequest, CopyRequest, OwnCheckpoint, PullDisk,

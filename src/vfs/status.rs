@@ -6,7 +6,7 @@ use super::Facts;
 use super::attr::instant;
 use crate::backend::Progress;
 use crate::engine::{Backup, BackupDisk, CheckpointStatus, DiskStatus, Domain, Push, PushDisk};
-use crate::model::{Checkpoint, JobState, Mode};
+use crate::model::{Checkpoint, JobState, Mode, Name};
 use crate::view::yaml::Yaml;
 
 /// `status` of the mount.
@@ -130,7 +130,7 @@ pub(super) fn push(push: &Push) -> String {
     y.string("mode", Mode::Push.word())
         .plain("job", push.id())
         .string_or_none("base", push.base().map(|b| b.as_str()))
-        .string_or_none("checkpoint", push.checkpoint().map(|c| c.name.as_str()))
+        .string_or_none("checkpoint", push.checkpoint().map(Name::as_str))
         .plain("begun", begun)
         .plain("begun-unix", begun_unix)
         .plain("total", progress.iter().map(|p| p.total).sum::<u64>())

@@ -1,8 +1,8 @@
 //! The instant of a backup with the guest's file systems frozen, by libvirt's way to the guest's agent.
 //!
 //! libvirt waits for an agent for as long as it takes, and whatever else is asked of the agent waits
-//! with it; calls that do not need the agent go on. So these have a [`Link`](super::link::Link) of their
-//! own, which alone is held up by a freeze that hangs.
+//! with it; calls that do not need the agent go on. So these have a [`Link`] of their own, which alone is
+//! held up by a freeze that hangs.
 //!
 //! A guest that stays frozen hangs. So it is thawed in every outcome: also after a freeze that failed,
 //! since part of the file systems may be frozen, and after one that nobody waits for any more. Whoever
