@@ -10,7 +10,7 @@ use common::domain::{Fixture, content, fixture, fixture_with, name, open, places
 use common::qemu::Builder;
 use common::tools::{self, DEADLINE, need, run, text};
 use common::{Disk, Fault, QmpFault, Rng, Write, image};
-use fleecefs::engine::{Domain, Job};
+use fleecefs::engine::Domain;
 use fleecefs::model::{Control, Happening, JobState, Kind, Mode, Outcome};
 
 const MIB: u64 = 1 << 20;
