@@ -286,18 +286,41 @@ fn a_freeze_that_hangs(guest: &mut dyn Guest, mount: Fleecefs, meanwhile: impl F
     assert!(!left.iter().any(|l| l.contains("hung")), "{left:?}");
 }
 
-/// A fleecefs that is killed between freeze and thaw leaves a guest that hangs. The next one thaws it,
+/// How a fleecefs ends that has asked the guest to freeze.
+#[derive(Clone, Copy)]
+enum End {
+    Killed,
+    Told,
+    /// By its user, who has waited for the freeze long enough.
+    Unmounted,
+}
+
+/// A fleecefs that ends between freeze and thaw leaves a guest that hangs, or will. The next one thaws it,
 /// also one that has no wish to freeze anything.
-fn killed_while_all_is_frozen(guest: &mut dyn Guest) {
+fn the_next_mount_thaws(guest: &mut dyn Guest, end: End) {
     let mount = guest.mount(&["quiesce"]);
     guest.console().tell("sh touch /tmp/hang");
+    let begun = mount.path("backups/b");
     let home = std::thread::scope(|scope| {
-        let begun = mount.path("backups/b");
         let begin = scope.spawn(move || std::fs::create_dir(begun));
         guest.console().wait("fleece: agent freeze", LONG);
-        let home = mount.sigkill();
-        begin.join().unwrap().unwrap_err();
-        home
+        let refused = || begin.join().unwrap().unwrap_err();
+        match end {
+            End::Killed => {
+                let home = mount.sigkill();
+                refused();
+                home
+            }
+            End::Told => {
+                let home = mount.sigterm();
+                refused();
+                home
+            }
+            End::Unmounted => {
+                assert_eq!(refused().raw_os_error(), Some(libc::ETIMEDOUT));
+                mount.umount()
+            }
+        }
     });
     guest.console().tell("sh rm /tmp/hang");
     let mount = guest.mount_in(home, &[]);
@@ -310,18 +333,48 @@ fn killed_while_all_is_frozen(guest: &mut dyn Guest) {
 }
 
 #[test]
-fn qemu_killed_while_all_is_frozen() {
+fn qemu_thawed_after_a_kill() {
     need!("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "dumpe2fs");
     let Some(mut guest) = direct() else { return };
-    killed_while_all_is_frozen(&mut guest);
+    the_next_mount_thaws(&mut guest, End::Killed);
 }
 
 #[cfg(feature = "libvirt")]
 #[test]
-fn libvirt_killed_while_all_is_frozen() {
+fn libvirt_thawed_after_a_kill() {
     need!("mkfs.ext4", "dumpe2fs");
     let Some(mut guest) = managed() else { return };
-    killed_while_all_is_frozen(&mut guest);
+    the_next_mount_thaws(&mut guest, End::Killed);
+}
+
+#[test]
+fn qemu_thawed_after_a_signal() {
+    need!("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "dumpe2fs");
+    let Some(mut guest) = direct() else { return };
+    the_next_mount_thaws(&mut guest, End::Told);
+}
+
+#[cfg(feature = "libvirt")]
+#[test]
+fn libvirt_thawed_after_a_signal() {
+    need!("mkfs.ext4", "dumpe2fs");
+    let Some(mut guest) = managed() else { return };
+    the_next_mount_thaws(&mut guest, End::Told);
+}
+
+#[test]
+fn qemu_thawed_after_an_unmount() {
+    need!("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "dumpe2fs");
+    let Some(mut guest) = direct() else { return };
+    the_next_mount_thaws(&mut guest, End::Unmounted);
+}
+
+#[cfg(feature = "libvirt")]
+#[test]
+fn libvirt_thawed_after_an_unmount() {
+    need!("mkfs.ext4", "dumpe2fs");
+    let Some(mut guest) = managed() else { return };
+    the_next_mount_thaws(&mut guest, End::Unmounted);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,6 @@ const SOCKETS: &str = "nbd";
 const TARGETS: &str = "push-targets";
 
 /// Names what libvirt's push job writes to.
-#[cfg(feature = "libvirt")]
 const JOB: &str = "push-job";
 
 /// Names the guest whose file systems are being frozen.
@@ -47,6 +47,8 @@ pub(crate) struct RunDir {
     path: PathBuf,
     id: String,
     targets: Mutex<Vec<Note>>,
+    /// Something is left to do that it tells of.
+    stays: AtomicBool,
     _lock: File,
 }
 
@@ -83,6 +85,7 @@ impl RunDir {
             path,
             id,
             targets: Mutex::default(),
+            stays: AtomicBool::new(false),
             _lock: lock,
         };
         // The longest name of a socket in it.
@@ -177,9 +180,9 @@ impl RunDir {
 
     /// Notes what a job writes to that libvirt knows by nothing else.
     #[cfg(feature = "libvirt")]
-    pub(crate) fn note_job(&self, targets: &[PathBuf]) {
+    pub(crate) fn note_job(&self, domain: &str, targets: &[PathBuf]) {
         // Without the note a killed fleecefs leaves a job behind, which comes to its end by itself.
-        let noted = serde_json::to_vec(targets).map_err(io::Error::from);
+        let noted = serde_json::to_vec(&(domain, targets)).map_err(io::Error::from);
         if let Err(e) = noted.and_then(|note| fs::write(self.path.join(JOB), note)) {
             log::warn!("cannot note a job in {}: {e}", self.path.display());
         }
@@ -194,8 +197,23 @@ impl RunDir {
         fs::write(self.path.join(TARGETS), serde_json::to_vec(targets)?)
     }
 
-    /// Removes it with all that is in it. Does nothing the second time.
+    /// It stays, with a guest's name in it that may be frozen, for the next fleecefs to thaw: nobody of
+    /// this one can any more. Nothing if none is.
+    pub(crate) fn leave_what_is_frozen(&self) {
+        if self.frozen_note().exists() {
+            log::error!(
+                "the guest's file systems may still be frozen, or will be when its agent comes to it: \
+                 mount the domain again, which thaws it"
+            );
+            self.stays.store(true, Ordering::Release);
+        }
+    }
+
+    /// Removes it with all that is in it, unless it is to stay. Does nothing the second time.
     pub(crate) fn remove(&self) {
+        if self.stays.load(Ordering::Acquire) {
+            return;
+        }
         if let Err(e) = fs::remove_dir_all(&self.path)
             && e.kind() != ErrorKind::NotFound
         {
@@ -249,11 +267,9 @@ pub(crate) fn noted_frozen(dir: &Path) -> Option<String> {
     fs::read_to_string(dir.join(FROZEN)).ok()
 }
 
-/// What a dead process' job in libvirt writes to.
-#[cfg(feature = "libvirt")]
-pub(crate) fn noted_job(dir: &Path) -> Vec<PathBuf> {
-    let note = fs::read(dir.join(JOB)).unwrap_or_default();
-    serde_json::from_slice(&note).unwrap_or_default()
+/// The domain of a dead process' job in libvirt, and what that writes to.
+pub(crate) fn noted_job(dir: &Path) -> Option<(String, Vec<PathBuf>)> {
+    serde_json::from_slice(&fs::read(dir.join(JOB)).ok()?).ok()
 }
 
 /// Removes what a dead process' push backups had written so far, lest it be taken for a backup. A file

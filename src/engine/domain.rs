@@ -254,7 +254,12 @@ impl Domain {
         if self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        let mut result = Ok(());
+        // A change that is under way comes to its end, or to its deadline: what it begins is ended below,
+        // and a guest that it has frozen is not left so. No other one begins any more.
+        let mut result = self.lock_changes().map(drop);
+        if let Err(e) = &result {
+            log::error!("{e}");
+        }
         for job in self.jobs() {
             // A push backup that nobody waits for any more is broken off.
             let ended = self.end(job.id(), true).map(drop);

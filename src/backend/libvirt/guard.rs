@@ -120,8 +120,8 @@ fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
         shared.note_checkpoints(&look.checkpoints);
     }
     match &down {
-        Some(_) => shared.owed_thaw.forget(shared),
-        None => shared.owed_thaw.pay_aside(shared),
+        Some(_) => shared.guest.is_off(),
+        None => shared.guest.pay_aside(shared),
     }
     let Some(running) = running else { return };
     match down {

@@ -255,10 +255,12 @@ pub(super) fn explain(fault: &Fault) -> Error {
         sys::VIR_ERR_OPERATION_TIMEOUT if message.contains("state change lock") => {
             error(Kind::Busy).hint("wait for the other job; virsh domjobinfo shows it")
         }
-        _ if message.contains("frozen state") => error(Kind::Busy).hint(
-            "wait until whoever froze the guest's file systems has thawed them; if nobody will: virsh \
-             domfsthaw",
-        ),
+        _ if message.contains("frozen state") || message.contains("has been disabled") => {
+            error(Kind::Busy).hint(
+                "wait until whoever froze the guest's file systems has thawed them; if nobody will: \
+                 virsh domfsthaw. Or is the agent configured not to freeze?",
+            )
+        }
         _ if message.contains("blockjob assigned") => {
             error(Kind::Busy).hint("wait for the disk's block job; virsh blockjob shows it")
         }

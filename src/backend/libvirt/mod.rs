@@ -21,7 +21,7 @@ use virt_sys as sys;
 
 use self::job::{Mark, Running};
 use self::link::Link;
-use self::quiesce::OwedThaw;
+use self::quiesce::Guest;
 use super::rundir::{self, RunDir};
 use super::source::Places;
 use super::watch::Watcher;
@@ -57,7 +57,7 @@ struct Shared {
     link: Link,
     /// The way to the guest's agent, which may hang.
     agent: Link,
-    owed_thaw: Arc<OwedThaw>,
+    guest: Arc<Guest>,
     uuid: String,
     places: Places,
     rundir: RunDir,
@@ -111,7 +111,7 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
     }
     let shared = Arc::new(Shared {
         agent: link.aside(quiesce::FREEZE, quiesce::HINT),
-        owed_thaw: Arc::default(),
+        guest: Arc::new(Guest::new(rundir.frozen_note())),
         uuid,
         link,
         files_owner: look.domain.owner.filter(|_| look.domain.keeps_owners),
@@ -290,7 +290,7 @@ fn left_behind(backup: &LiveBackup, runtime: &Path) -> Option<Mark> {
     };
     let written = || {
         let dead = rundir::dead(runtime).into_iter();
-        let noted = dead.map(|dir| Mark::Targets(rundir::noted_job(&dir)));
+        let noted = dead.filter_map(|dir| Some(Mark::Targets(rundir::noted_job(&dir)?.1)));
         noted.into_iter().find(|mark| mark.is_on(backup))
     };
     served().or_else(written)
@@ -324,18 +324,21 @@ impl Backend for Libvirt {
         }
         scratch::sweep(&places.scratch, &places.runtime);
         for dir in rundir::dead(&places.runtime) {
-            match rundir::noted_frozen(&dir) {
-                Some(uuid) if uuid == self.shared.uuid => {
-                    log::warn!("a killed fleecefs may have left the guest frozen: it is thawed");
-                    // Should this one be killed as well.
-                    if let Err(e) = self.shared.rundir.note_frozen(&uuid) {
-                        log::warn!("{e}");
-                    }
-                    self.shared.owed_thaw.owe();
+            // Another domain's, whose next mount will look after it.
+            let others = |uuid: &String| *uuid != self.shared.uuid;
+            let frozen = rundir::noted_frozen(&dir);
+            if frozen.as_ref().is_some_and(others)
+                || rundir::noted_job(&dir).is_some_and(|(uuid, _)| others(&uuid))
+            {
+                continue;
+            }
+            if let Some(uuid) = frozen {
+                log::warn!("an earlier fleecefs may have left the guest frozen: it is thawed");
+                // Should this one be killed as well.
+                if let Err(e) = self.shared.rundir.note_frozen(&uuid) {
+                    log::warn!("{e}");
                 }
-                // Another domain's, whose next mount will look after it.
-                Some(_) => continue,
-                None => {}
+                self.shared.guest.owe();
             }
             // A QEMU's NBD server, which the next QMP mount of that domain will look after.
             let server = rundir::noted_pid(&dir, "nbd-server");
@@ -456,13 +459,10 @@ impl Backend for Libvirt {
 
     fn close(&self) -> Result<()> {
         drop(self.guard.lock().take());
-        if self.shared.owed_thaw.is_owed()
-            && let Err(e) = self.shared.owed_thaw.pay(&self.shared)
-        {
-            log::error!("the guest's file systems may still be frozen: {e}");
-        }
+        self.shared.guest.close(&self.shared);
         let left = self.shared.running();
         let ended = left.map_or(Ok(()), |running| running.end(&self.shared));
+        self.shared.rundir.leave_what_is_frozen();
         self.shared.rundir.remove();
         ended
     }

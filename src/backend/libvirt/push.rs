@@ -70,7 +70,7 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush>
     };
     let prepared = parts.iter().try_for_each(|part| part.prepare(shared));
     let begun = prepared.and_then(|()| {
-        shared.rundir.note_job(targets(&mark));
+        shared.rundir.note_job(&shared.uuid, targets(&mark));
         job::begin(shared, &mark, &document, plan.checkpoint.as_ref())
     });
     let domain = begun.inspect_err(|_| {

@@ -8,9 +8,12 @@
 //! since part of the file systems may be frozen, and after one that nobody waits for any more. Whoever
 //! cannot thaw it owes it, and the guard tries until it is paid.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use virt_sys as sys;
 
 use super::Shared;
 use super::ffi::{Domain, Fault};
@@ -28,6 +31,9 @@ pub(super) const HINT: &str = "does qemu-guest-agent run in the guest, and is it
 /// What a thaw that failed means.
 const STILL_FROZEN: &str = "the guest's file systems may still be frozen";
 
+/// How long the guard leaves it at one try.
+const AGAIN: Duration = Duration::from_secs(2);
+
 /// How often thawing is tried.
 const TRIES: u32 = 3;
 
@@ -43,53 +49,66 @@ pub(super) fn frozen<T>(
     if !wanted {
         return work(&shared.link);
     }
-    let owed = &shared.owed_thaw;
-    owed.settle(shared)?;
+    let guest = &shared.guest;
+    let Some(_turn) = guest.turn.try_lock_for(FREEZE) else {
+        return Err(Error::new(
+            Kind::Busy,
+            "the guest is still being thawed after an earlier backup",
+        )
+        .hint(HINT));
+    };
+    guest.pay(shared)?;
     // For the next fleecefs, should this one be killed.
     shared.rundir.note_frozen(&shared.uuid)?;
-    let [failed, late] = [Arc::clone(owed), Arc::clone(owed)];
+    guest.set(Frost::Asked);
+    let [failed, late] = [Arc::clone(guest), Arc::clone(guest)];
     let freeze = move |domain: &Domain| {
         domain.freeze().inspect_err(|fault| {
             // What others froze is not ours to thaw. Otherwise part of it may be frozen, or will be when
             // an agent that was not waited for any longer comes to it.
-            if !is_frozen_by_others(fault) {
-                failed.owe();
-            }
+            failed.set(match froze_nothing(fault) {
+                true => Frost::None,
+                false => Frost::Owed,
+            });
         })
     };
     let thaw_late = move |domain: &Domain, _| {
-        if domain.thaw().is_err() {
-            late.owe();
-        }
+        late.set(match domain.thaw() {
+            Ok(_) => Frost::None,
+            Err(_) => Frost::Owed,
+        });
     };
     let what = "freeze the guest's file systems";
     let frozen = match shared.agent.call_or_undo(what, freeze, thaw_late) {
         Ok(frozen) => frozen,
         Err(e) => {
             // After a silence the freeze is still under way.
-            if e.kind() != Kind::TimedOut
-                && let Err(e) = owed.pay(shared)
-            {
+            if let Err(e) = guest.pay(shared) {
                 log::error!("{STILL_FROZEN}: {e}");
             }
             return Err(e);
         }
     };
     let outcome = work(&shared.link.within(FREEZE));
-    let why = match thaw(shared) {
+    guest.set(Frost::Owed);
+    let (why, hint) = match thaw(shared) {
         // None was left to thaw.
         Ok(0) if frozen > 0 => {
-            owed.forget(shared);
-            "the guest's file systems did not stay frozen for as long as it took".to_owned()
+            guest.set(Frost::None);
+            let why = "the guest's file systems did not stay frozen for as long as it took";
+            (
+                why.to_owned(),
+                "does something else in the guest thaw them?",
+            )
         }
         Ok(_) => {
-            owed.forget(shared);
+            guest.set(Frost::None);
             return outcome;
         }
         Err(e) => {
-            owed.owe();
             log::error!("{STILL_FROZEN}: {e}");
-            format!("{STILL_FROZEN}: {e}")
+            let hint = "it is tried again for as long as this is mounted; or: virsh domfsthaw";
+            (format!("{STILL_FROZEN}: {e}"), hint)
         }
     };
     // Whoever asked for the backup has to know; a log is read later.
@@ -97,10 +116,6 @@ pub(super) fn frozen<T>(
         Ok(done) => undo(done),
         Err(e) => log::error!("while they were frozen: {e}"),
     }
-    let hint = match owed.is_owed() {
-        true => "it is tried again for as long as this is mounted; or: virsh domfsthaw",
-        false => "does something else in the guest thaw them?",
-    };
     Err(Error::new(Kind::Io, why).hint(hint))
 }
 
@@ -113,73 +128,114 @@ fn thaw(shared: &Shared) -> Result<u32> {
     (1..TRIES).fold(once(), |thawed, _| thawed.or_else(|_| once()))
 }
 
-/// qemu-ga refuses nearly everything while file systems are frozen, freezing them once more as well.
-fn is_frozen_by_others(fault: &Fault) -> bool {
-    fault.message.contains("frozen state")
+/// A refusal after which nothing is frozen by us, and nothing will be: the agent was not asked, or it
+/// refuses nearly everything while file systems are frozen (qemu-ga's words for that have changed), or is
+/// configured not to freeze.
+fn froze_nothing(fault: &Fault) -> bool {
+    let says = |words| fault.message.contains(words);
+    match fault.code {
+        sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_OPERATION_INVALID => true,
+        sys::VIR_ERR_AGENT_UNRESPONSIVE => says("synchroni") || says("not connected"),
+        _ => says("frozen state") || says("has been disabled"),
+    }
 }
 
-/// Whether a guest has yet to be thawed. The guard sees to it, until it is.
-#[derive(Default)]
-pub(super) struct OwedThaw {
-    owed: AtomicBool,
-    /// Somebody is at it.
-    paying: AtomicBool,
+/// How the guest's file systems are, as far as it is our doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Frost {
+    /// Not frozen.
+    None,
+    /// The agent was asked to freeze them, and has not been told to thaw.
+    Asked,
+    /// They have to be thawed, and nobody is at it.
+    Owed,
 }
 
-impl OwedThaw {
+/// The guest as the agent knows it. Whoever cannot thaw it owes it, and the guard sees to that.
+pub(super) struct Guest {
+    frost: Mutex<Frost>,
+    /// Held by whoever asks the agent for something: a thaw that comes late must not undo the next freeze.
+    turn: Mutex<()>,
+    /// When a thaw that is owed was tried last.
+    tried: Mutex<Option<Instant>>,
+    /// Tells the next fleecefs.
+    note: PathBuf,
+}
+
+impl Guest {
+    pub(super) fn new(note: PathBuf) -> Self {
+        Self {
+            frost: Mutex::new(Frost::None),
+            turn: Mutex::default(),
+            tried: Mutex::default(),
+            note,
+        }
+    }
+
+    fn set(&self, frost: Frost) {
+        let mut now = self.frost.lock();
+        *now = frost;
+        if frost == Frost::None {
+            // There may be none.
+            let _ = std::fs::remove_file(&self.note);
+        }
+    }
+
+    fn is_owed(&self) -> bool {
+        *self.frost.lock() == Frost::Owed
+    }
+
+    /// Something was left frozen by an earlier fleecefs.
     pub(super) fn owe(&self) {
-        self.owed.store(true, Ordering::Release);
+        self.set(Frost::Owed);
     }
 
-    pub(super) fn is_owed(&self) -> bool {
-        self.owed.load(Ordering::Acquire)
+    /// The domain does not run.
+    pub(super) fn is_off(&self) {
+        self.set(Frost::None);
     }
 
-    /// Nothing is frozen, as in a domain that does not run.
-    pub(super) fn forget(&self, shared: &Shared) {
-        self.owed.store(false, Ordering::Release);
-        // There may be none.
-        let _ = std::fs::remove_file(shared.rundir.frozen_note());
-    }
-
-    /// Thaws the guest, if that is owed.
-    pub(super) fn pay(&self, shared: &Shared) -> Result<()> {
+    /// Thaws it, if that is owed; whoever calls has the turn.
+    fn pay(&self, shared: &Shared) -> Result<()> {
         if self.is_owed() {
             thaw(shared)?;
+            self.set(Frost::None);
         }
-        self.forget(shared);
         Ok(())
     }
 
-    /// Before the next freeze, which a thaw that comes too late would undo.
-    fn settle(&self, shared: &Shared) -> Result<()> {
-        if self.paying.load(Ordering::Acquire) {
-            return Err(Error::new(
-                Kind::Busy,
-                "the guest is still being thawed after an earlier backup",
-            )
-            .hint(HINT));
+    /// A last try.
+    pub(super) fn close(&self, shared: &Shared) {
+        let turn = self.turn.try_lock_for(FREEZE);
+        if turn.is_some()
+            && let Err(e) = self.pay(shared)
+        {
+            log::error!("{STILL_FROZEN}: {e}");
         }
-        self.pay(shared)
     }
 
-    /// The same without waiting for it; nothing if somebody is at it.
+    /// Thaws it now and then, if that is owed, without waiting for it.
     pub(super) fn pay_aside(self: &Arc<Self>, shared: &Arc<Shared>) {
-        if !self.is_owed() || self.paying.swap(true, Ordering::AcqRel) {
-            return;
+        {
+            let mut tried = self.tried.lock();
+            if !self.is_owed() || tried.is_some_and(|at| at.elapsed() < AGAIN) {
+                return;
+            }
+            *tried = Some(Instant::now());
         }
         let (own, shared) = (Arc::clone(self), Arc::clone(shared));
         let thread = std::thread::Builder::new().name("thaw".to_owned());
         let spawned = thread.spawn(move || {
+            let Some(_turn) = own.turn.try_lock() else {
+                return;
+            };
             match own.pay(&shared) {
                 Ok(()) => log::info!("the guest's file systems are thawed"),
                 Err(e) => log::debug!("{e}"),
             }
-            own.paying.store(false, Ordering::Release);
         });
         if let Err(e) = spawned {
             log::error!("the guest may be frozen, and there is no thread to thaw it: {e}");
-            self.paying.store(false, Ordering::Release);
         }
     }
 }

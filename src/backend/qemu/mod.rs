@@ -424,6 +424,7 @@ impl Backend for Qemu {
                 }
                 // libvirt's, who goes by another name.
                 Some(_) => continue,
+                None if rundir::noted_job(&dir).is_some() => continue,
                 None => {}
             }
             rundir::remove_targets(&dir);
@@ -493,6 +494,7 @@ impl Backend for Qemu {
             result = result.and(daemon.quit(&self.shared.link, self.shared.places.timeout));
         }
         self.shared.late_thaw.close();
+        self.shared.rundir.leave_what_is_frozen();
         self.shared.link.close();
         self.shared.rundir.remove();
         result

@@ -175,7 +175,7 @@ impl LateThaw {
 
     /// Thaws what a fleecefs may have left frozen that was killed.
     pub(super) fn after_a_kill(&self, shared: &Shared, path: &Path) {
-        log::warn!("a killed fleecefs may have left the guest frozen: it is thawed");
+        log::warn!("an earlier fleecefs may have left the guest frozen: it is thawed");
         // Should this one be killed as well.
         if let Err(e) = shared.rundir.note_frozen(&path.display().to_string()) {
             log::warn!("{e}");
