@@ -76,6 +76,11 @@ impl Fate {
         first
     }
 
+    /// The reason is another one than was thought.
+    pub(super) fn turns_out(&self, why: Error) {
+        *self.failure.write() = Some(why);
+    }
+
     /// These connections are closed when the backup is over: at once, if it is already.
     pub(super) fn closes(&self, pool: &Arc<nbd::Pool>) {
         self.pools.lock().push(Arc::clone(pool));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use virt_sys as sys;
 
+use super::ffi::{self, Domain};
 use super::job::{self, Running};
 use super::{Shared, look};
 use crate::backend::watch::Watcher;
@@ -67,6 +68,14 @@ pub(super) struct State {
 }
 
 impl State {
+    pub(super) fn of(domain: &Domain) -> ffi::Result<Self> {
+        let (state, reason) = domain.state()?;
+        Ok(Self {
+            state: state as sys::virDomainState,
+            reason: reason as u32,
+        })
+    }
+
     /// A write of the guest failed, and QEMU waits to make it again.
     pub(super) fn is_stopped_by_an_error(self) -> bool {
         self.state == sys::VIR_DOMAIN_PAUSED && self.reason == sys::VIR_DOMAIN_PAUSED_IOERROR
@@ -82,12 +91,8 @@ fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
             // A domain that ends takes the job along, a moment before it says so.
             std::thread::sleep(SETTLE);
         }
-        let (state, reason) = domain.state()?;
         Ok(Seen {
-            state: State {
-                state: state as sys::virDomainState,
-                reason: reason as u32,
-            },
+            state: State::of(domain)?,
             id: domain.id(),
             ours,
             checkpoints: domain
@@ -123,8 +128,15 @@ fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
         Some(_) => shared.guest.is_off(),
         None => shared.guest.pay_aside(shared),
     }
+    if shared.owed_resume.load(Ordering::Acquire) {
+        match seen.state.is_stopped_by_an_error() {
+            true => shared.resume(),
+            false => shared.owed_resume.store(false, Ordering::Release),
+        }
+    }
     let Some(running) = running else { return };
     match down {
+        _ if running.is_written() => {}
         Some(why) => running.fail(shared, why),
         None if running.domain() != seen.id => {
             running.fail(shared, gone("the domain was restarted"));

@@ -76,8 +76,12 @@ pub(super) fn is_free(shared: &Shared) -> Result<()> {
 /// What holds the domain, in libvirt's words, if that is no backup. While it does, checkpoints cannot be
 /// made, deleted or looked into; a backup is no hindrance to that.
 pub(super) fn other_than_a_backup(domain: &Domain) -> ffi::Result<Option<&'static str>> {
-    let Some(operation) = domain.job()? else {
-        return Ok(None);
+    let operation = match domain.job() {
+        Ok(Some(operation)) => operation,
+        Ok(None) => return Ok(None),
+        // libvirtd was killed while it began a backup, and knows no more than that there is one.
+        Err(fault) if fault.message.contains("job data missing") => return Ok(None),
+        Err(fault) => return Err(fault),
     };
     Ok(match operation as sys::virDomainJobOperation {
         sys::VIR_DOMAIN_JOB_OPERATION_BACKUP => None,
@@ -138,7 +142,7 @@ pub(super) fn begin(
 
 /// Ends a backup that is not to be, and deletes the checkpoint that was made with it.
 pub(super) fn undo(link: &Link, mark: Mark, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
-    end(link, mark)?;
+    end(link, mark, None)?;
     checkpoint.map_or(Ok(()), |new| undo_checkpoint(link, new))
 }
 
@@ -203,14 +207,29 @@ fn abort(domain: &Domain, mark: &Mark, deadline: Instant) -> ffi::Result<bool> {
     Ok(true)
 }
 
-/// Ends the backup with this mark, if it runs. One of a domain that is undefined is gone with it.
-pub(super) fn end(link: &Link, mark: Mark) -> Result<()> {
+/// What ending a backup found.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Ended {
+    /// It was not there any more, in a domain that runs on: somebody else has ended it.
+    pub(super) was_gone: bool,
+    /// A write of the guest has failed, and QEMU waits to make it again.
+    pub(super) is_stopped: bool,
+}
+
+/// Ends the backup with this mark, which was begun in this run of the domain, if it is there.
+pub(super) fn end(link: &Link, mark: Mark, run: Option<u32>) -> Result<Ended> {
     let deadline = Instant::now() + link.timeout();
     let ended = link.call("end a backup", move |domain| {
-        abort(domain, &mark, deadline).map(drop)
+        let was_there = abort(domain, &mark, deadline)?;
+        let same_run = domain.is_active()? && domain.id() == run;
+        Ok(Ended {
+            was_gone: same_run && !was_there,
+            is_stopped: same_run && State::of(domain)?.is_stopped_by_an_error(),
+        })
     });
     match ended {
-        Err(_) if link.is_undefined() => Ok(()),
+        // It is gone with its domain.
+        Err(_) if link.is_undefined() => Ok(Ended::default()),
         ended => ended,
     }
 }
@@ -224,6 +243,11 @@ pub(super) trait Running: Send + Sync {
 
     /// libvirt's number of the domain's run in which it was begun.
     fn domain(&self) -> Option<u32>;
+
+    /// All that libvirt has to do for it is done.
+    fn is_written(&self) -> bool {
+        false
+    }
 
     /// Whether it is over, though something of it may be left. No I/O.
     fn is_over(&self) -> bool;

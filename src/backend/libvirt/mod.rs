@@ -13,6 +13,7 @@
 //! Tried on libvirt 11.3.0 with QEMU 10.0.2.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -68,6 +69,8 @@ struct Shared {
     /// The disks as last seen; the engine looks before every change.
     disks: Mutex<Vec<Disk>>,
     seen: Mutex<Seen>,
+    /// A guest that a backup has stopped could not be made to go on yet.
+    owed_resume: AtomicBool,
     /// Why the domain could not be asked when it was last looked after.
     down: Mutex<Option<Error>>,
     listener: OnceLock<Listener>,
@@ -120,6 +123,7 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
         running: Mutex::default(),
         disks: Mutex::new(look.disks),
         seen: Mutex::default(),
+        owed_resume: AtomicBool::new(false),
         down: Mutex::default(),
         listener: OnceLock::new(),
     });
@@ -179,6 +183,15 @@ impl Shared {
     /// The backup of this number has nothing there any more.
     fn take(&self, id: JobId) {
         self.running.lock().take_if(|r| r.id() == id);
+    }
+
+    /// Lets a guest go on that a backup has stopped. The guard tries again if it cannot.
+    fn resume(&self) {
+        let resumed = self.link.call("resume the domain", |d| d.resume());
+        if let Err(e) = &resumed {
+            log::error!("the guest is stopped and cannot be made to go on: {e}");
+        }
+        self.owed_resume.store(resumed.is_err(), Ordering::Release);
     }
 
     fn set_down(&self, why: Option<Error>) {
@@ -320,7 +333,7 @@ impl Backend for Libvirt {
             && let Some(mark) = left_behind(&backup, &places.runtime)
         {
             log::warn!("ending a backup that a killed fleecefs left: {mark:?}");
-            job::end(link, mark)?;
+            job::end(link, mark, None)?;
         }
         scratch::sweep(&places.scratch, &places.runtime);
         for dir in rundir::dead(&places.runtime) {

@@ -164,8 +164,12 @@ impl PushSession {
         if *gone {
             return Ok(());
         }
-        let ended = job::end(&shared.link, self.mark.clone());
-        self.course.over(how);
+        let ended = job::end(&shared.link, self.mark.clone(), self.domain);
+        if self.course.over(how.clone()) {
+            for part in &self.parts {
+                part.progress.lock().state = how.clone();
+            }
+        }
         ended?;
         let parts = self.parts.iter();
         parts.for_each(|p| p.target.discard(&shared.rundir));
@@ -269,6 +273,10 @@ impl Running for PushSession {
 
     fn domain(&self) -> Option<u32> {
         self.domain
+    }
+
+    fn is_written(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
     fn is_over(&self) -> bool {

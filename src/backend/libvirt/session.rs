@@ -9,6 +9,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -38,6 +39,8 @@ pub(super) struct Session {
     /// libvirt's number of the running domain.
     domain: Option<u32>,
     parts: Vec<Part>,
+    /// The guest was stopped by an error already when it began, which is no fault of the backup's.
+    stopped_before: AtomicBool,
     /// Whether it is over.
     fate: Fate,
     /// The door for NBD clients from outside.
@@ -73,6 +76,7 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
     let socket = shared.rundir.socket();
     // libvirt removes it at the end of a job, and QEMU would refuse one that is there.
     let _ = std::fs::remove_file(&socket);
+    let state = shared.link.call("look at the domain", State::of)?;
     let mark = Mark::Socket(socket.clone());
     let document = document(&socket, plan, &parts);
     let domain = job::begin(shared, &mark, &document, plan.checkpoint.as_ref())?;
@@ -81,6 +85,7 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
         socket,
         domain,
         parts,
+        stopped_before: AtomicBool::new(state.is_stopped_by_an_error()),
         fate: Fate::default(),
         front: Mutex::default(),
         gone: Mutex::new(false),
@@ -217,12 +222,12 @@ impl Running for Session {
     }
 
     fn end(&self, shared: &Shared) -> Result<()> {
-        self.close(Error::new(Kind::NotConnected, "the backup was ended"));
+        let first = self.close(Error::new(Kind::NotConnected, "the backup was ended"));
         let mut gone = self.gone.lock();
         if *gone {
             return Ok(());
         }
-        job::end(&shared.link, self.mark())?;
+        let ended = job::end(&shared.link, self.mark(), self.domain)?;
         for part in &self.parts {
             // libvirt did, unless its domain died.
             let _ = std::fs::remove_file(&part.scratch);
@@ -230,7 +235,23 @@ impl Running for Session {
         let _ = std::fs::remove_file(&self.socket);
         *gone = true;
         shared.take(self.id);
-        Ok(())
+        drop(gone);
+        if ended.is_stopped && !self.stopped_before.load(Ordering::Acquire) {
+            shared.resume();
+        }
+        if !(ended.was_gone && first) {
+            return Ok(());
+        }
+        // Nobody had noticed yet, and what was read last may be newer than the instant.
+        let why = Error::new(
+            Kind::Io,
+            "someone else has aborted libvirt's job (virsh domjobabort) before this end: what was \
+             copied is to be thrown away",
+        )
+        .hint("do it again to remove the backup");
+        self.fate.turns_out(why.clone());
+        shared.notify(Notice::Over(self.id, Err(why.clone())));
+        Err(why)
     }
 
     /// Ends the backup before the guest has to pay for it. Scratch space that is full stops the guest;
@@ -250,6 +271,9 @@ impl Running for Session {
             shared.notify(Notice::ScratchThreshold(self.id, used, most));
         }
         let stopped = state.is_stopped_by_an_error();
+        let before = &self.stopped_before;
+        before.fetch_and(stopped, Ordering::AcqRel);
+        let stopped = stopped && !before.load(Ordering::Acquire);
         let (why, hint) = if let Some(limit) = limit.filter(|limit| used > *limit) {
             (
                 format!("the backup took {used} bytes of scratch space, {limit} allowed"),
@@ -272,10 +296,6 @@ impl Running for Session {
         self.fail(shared, Error::new(Kind::NoSpace, why).hint(hint));
         if let Err(e) = self.end(shared) {
             log::error!("ending it: {e}");
-            return;
-        }
-        if stopped && let Err(e) = shared.link.call("resume the domain", |d| d.resume()) {
-            log::error!("the guest is stopped and cannot be made to go on: {e}");
         }
     }
 
