@@ -10,7 +10,6 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::ptr;
-use std::time::Duration;
 
 use virt_sys as sys;
 
@@ -93,6 +92,30 @@ pub(super) struct Connection(sys::virConnectPtr);
 unsafe impl Send for Connection {}
 unsafe impl Sync for Connection {}
 
+/// What is called when a job ends: connection, domain, a list of parameters and its length, `opaque`.
+pub(super) type JobEnded = extern "C" fn(
+    sys::virConnectPtr,
+    sys::virDomainPtr,
+    sys::virTypedParameterPtr,
+    c_int,
+    *mut libc::c_void,
+);
+
+/// libvirt's type for what is called for any event.
+type DomainEvent = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut libc::c_void);
+
+/// Before any connection that is to hear of events.
+pub(super) fn register_events() -> Result<()> {
+    // SAFETY: no arguments.
+    count(unsafe { sys::virEventRegisterDefaultImpl() }).map(drop)
+}
+
+/// Waits for what comes next, and calls back.
+pub(super) fn run_events() -> Result<()> {
+    // SAFETY: the loop is registered.
+    count(unsafe { sys::virEventRunDefaultImpl() }).map(drop)
+}
+
 extern "C" fn silent(_: *mut libc::c_void, _: sys::virErrorPtr) {}
 
 impl Connection {
@@ -126,6 +149,35 @@ impl Connection {
         let uuid = c(uuid)?;
         // SAFETY: the connection is open, the string outlives the call.
         Domain::of(unsafe { sys::virDomainLookupByUUIDString(self.0, uuid.as_ptr()) })
+    }
+
+    /// Has `tell` called with `opaque` when a job of the domain ends; the callback's number.
+    pub(super) fn when_a_job_ends(
+        &self,
+        domain: &Domain,
+        tell: JobEnded,
+        opaque: *const libc::c_void,
+    ) -> Result<c_int> {
+        let event = sys::VIR_DOMAIN_EVENT_ID_JOB_COMPLETED as c_int;
+        // SAFETY: libvirt calls it back with the arguments of this event, whatever its declared type;
+        // `opaque` is given back with `release`.
+        let answer = unsafe {
+            let tell = std::mem::transmute::<JobEnded, DomainEvent>(tell);
+            let release = Some(super::outcome::release as _);
+            let (opaque, tell) = (opaque.cast_mut(), Some(tell));
+            sys::virConnectDomainEventRegisterAny(self.0, domain.0, event, tell, opaque, release)
+        };
+        if answer < 0 {
+            // It was not taken.
+            super::outcome::release(opaque.cast_mut());
+        }
+        count(answer)
+    }
+
+    pub(super) fn forget_callback(&self, callback: c_int) {
+        // SAFETY: the connection is open. A callback that is unknown, as after a restart, is an error
+        // that changes nothing.
+        unsafe { sys::virConnectDomainEventDeregisterAny(self.0, callback) };
     }
 
     pub(super) fn domains(&self) -> Result<Vec<Domain>> {
@@ -287,12 +339,9 @@ impl Domain {
 
     fn job_stats(&self, flags: c_uint) -> Result<JobResult> {
         let (mut kind, mut length) = (0, 0);
-        let (mut operation, mut elapsed, mut total) = (0, 0, 0);
-        let mut words = ptr::null();
         let mut params = ptr::null_mut();
-        // SAFETY: places for the answers; libvirt allocates the list, which is freed once, after the
-        // string in it was copied. A parameter that is not there leaves its place as it is.
-        let message = unsafe {
+        // SAFETY: places for the answers; libvirt allocates the list, which is freed once.
+        unsafe {
             count(sys::virDomainGetJobStats(
                 self.0,
                 &raw mut kind,
@@ -300,27 +349,10 @@ impl Domain {
                 &raw mut length,
                 flags,
             ))?;
-            let name = sys::VIR_DOMAIN_JOB_OPERATION.as_ptr();
-            sys::virTypedParamsGetInt(params, length, name, &raw mut operation);
-            let name = sys::VIR_DOMAIN_JOB_TIME_ELAPSED.as_ptr();
-            sys::virTypedParamsGetULLong(params, length, name, &raw mut elapsed);
-            let name = sys::VIR_DOMAIN_JOB_DISK_TOTAL.as_ptr();
-            sys::virTypedParamsGetULLong(params, length, name, &raw mut total);
-            let name = sys::VIR_DOMAIN_JOB_ERRMSG.as_ptr();
-            sys::virTypedParamsGetString(params, length, name, &raw mut words);
-            let message = words
-                .as_ref()
-                .map(|words| CStr::from_ptr(words).to_string_lossy().into_owned());
+            let result = JobResult::of(params, length);
             sys::virTypedParamsFree(params, length);
-            message
-        };
-        Ok(JobResult {
-            kind,
-            operation,
-            elapsed: Duration::from_millis(elapsed),
-            total,
-            message,
-        })
+            Ok(JobResult { kind, ..result })
+        }
     }
 
     /// How far the block job of a disk is: bytes done, and bytes there are to do. None if it has none.
@@ -364,16 +396,49 @@ impl Drop for Domain {
 /// How a job stands, or came out.
 #[derive(Debug, Clone)]
 pub(super) struct JobResult {
-    /// `VIR_DOMAIN_JOB_*`.
+    /// `VIR_DOMAIN_JOB_*`; of an event only whether it was completed.
     pub(super) kind: c_int,
     /// `VIR_DOMAIN_JOB_OPERATION_*`.
     pub(super) operation: c_int,
-    /// How long it took.
-    pub(super) elapsed: Duration,
     /// Bytes there were to copy, all disks.
     pub(super) total: u64,
     /// Why it failed.
     pub(super) message: Option<String>,
+}
+
+impl JobResult {
+    /// # Safety
+    ///
+    /// `params` is a list of libvirt's of this length, alive for the call.
+    pub(super) unsafe fn of(params: sys::virTypedParameterPtr, length: c_int) -> Self {
+        let (mut operation, mut total, mut success) = (0, 0, 0);
+        let mut words = ptr::null();
+        // SAFETY: the list is alive, as is the string in it until it is copied. A parameter that is not
+        // there leaves its place as it is.
+        let message = unsafe {
+            let name = sys::VIR_DOMAIN_JOB_OPERATION.as_ptr();
+            sys::virTypedParamsGetInt(params, length, name, &raw mut operation);
+            let name = sys::VIR_DOMAIN_JOB_DISK_TOTAL.as_ptr();
+            sys::virTypedParamsGetULLong(params, length, name, &raw mut total);
+            let name = sys::VIR_DOMAIN_JOB_SUCCESS.as_ptr();
+            sys::virTypedParamsGetBoolean(params, length, name, &raw mut success);
+            let name = sys::VIR_DOMAIN_JOB_ERRMSG.as_ptr();
+            sys::virTypedParamsGetString(params, length, name, &raw mut words);
+            words
+                .as_ref()
+                .map(|words| CStr::from_ptr(words).to_string_lossy().into_owned())
+        };
+        let kind = match success {
+            0 => sys::VIR_DOMAIN_JOB_FAILED,
+            _ => sys::VIR_DOMAIN_JOB_COMPLETED,
+        };
+        Self {
+            kind: kind as c_int,
+            operation,
+            total,
+            message,
+        }
+    }
 }
 
 /// A checkpoint of a domain.

@@ -104,14 +104,12 @@ fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
     let seen = match seen {
         Ok(seen) => seen,
         Err(e) => {
-            match running {
-                Some(running) if shared.link.is_undefined() => {
-                    running.fail(shared, gone("the domain is undefined"));
-                }
-                // libvirt does not answer: the backup, which is in QEMU, is none the worse.
-                Some(running) => running.unseen(),
-                None => {}
+            if shared.link.is_undefined()
+                && let Some(running) = running
+            {
+                running.fail(shared, gone("the domain is undefined"));
             }
+            // Otherwise libvirt does not answer: the backup, which is in QEMU, is none the worse.
             shared.set_down(Some(e));
             return;
         }

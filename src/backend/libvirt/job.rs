@@ -261,9 +261,6 @@ pub(super) trait Running: Send + Sync {
     /// libvirt still has it: looks after it.
     fn watch(&self, shared: &Shared, state: State);
 
-    /// libvirt did not answer.
-    fn unseen(&self) {}
-
     /// libvirt has it no longer, though nobody here ended it.
     fn vanished(self: Arc<Self>, shared: &Arc<Shared>);
 }

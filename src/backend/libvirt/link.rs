@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use virt_sys as sys;
 
 use super::ffi::{self, Connection, Domain, Fault};
+use super::outcome::Outcomes;
 use crate::model::{Error, Kind, Result};
 
 /// A way to a domain.
@@ -89,6 +90,14 @@ impl Link {
 
     pub(super) fn timeout(&self) -> Duration {
         self.timeout
+    }
+
+    /// A connection that hears of the ends of the domain's backups.
+    pub(super) fn listen(&self, uuid: &str) -> Result<Outcomes> {
+        let (uri, uuid) = (self.shared.uri.clone(), uuid.to_owned());
+        self.call("listen for the end of a backup", move |_| {
+            Outcomes::listen(&uri, &uuid)
+        })
     }
 
     /// Whether libvirt, when last asked, had no such domain.

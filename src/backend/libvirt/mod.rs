@@ -38,6 +38,7 @@ mod guard;
 mod job;
 mod link;
 mod look;
+mod outcome;
 mod push;
 mod qemu_img;
 mod quiesce;

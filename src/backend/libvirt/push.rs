@@ -4,13 +4,12 @@
 //! it makes an incremental's qcow2 file one that is based on the live image, which is no place for a
 //! backup to look for what did not change.
 //!
-//! A job that is over is gone from libvirt, which keeps what became of the last one. That is ours if
-//! it took at least as long as ours was seen to run.
+//! A job that is over is gone from libvirt, which tells what became of it (outcome.rs).
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use virt_sys as sys;
@@ -18,6 +17,7 @@ use virt_sys as sys;
 use super::ffi::{self, Domain, JobResult};
 use super::guard::State;
 use super::job::{self, Mark, Running};
+use super::outcome::Outcomes;
 use super::{Shared, qemu_img};
 use crate::backend::target::TargetFile;
 use crate::backend::watch::Course;
@@ -28,8 +28,11 @@ use crate::model::{
 };
 use crate::xml::{BackupDocument, BackupDocumentDisk, BackupMode};
 
-/// What libvirt's clock and ours may be apart in telling how long a job took.
-const SLACK: Duration = Duration::from_millis(100);
+/// How long what became of a job is waited for once it is gone.
+const NEWS: Duration = Duration::from_secs(2);
+
+/// The same for what others tell at the same time.
+const STRAGGLERS: Duration = Duration::from_millis(300);
 
 /// One disk's share of a push backup.
 struct Part {
@@ -49,8 +52,9 @@ pub(super) struct PushSession {
     domain: Option<u32>,
     parts: Vec<Part>,
     course: Course,
-    /// When the job was first and last seen, by the libvirtd that is there now.
-    seen: Mutex<Option<(Instant, Instant)>>,
+    /// What is told of the domain's backups. Once ours was seen to run, the next one is ours.
+    outcomes: Mutex<Outcomes>,
+    seen: AtomicBool,
     /// It is written, and being put on disk.
     closing: AtomicBool,
     /// Nothing of it is left in libvirt. The lock is held while it is ended.
@@ -70,24 +74,34 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush>
     };
     let prepared = parts.iter().try_for_each(|part| part.prepare(shared));
     let begun = prepared.and_then(|()| {
+        let outcomes = shared.link.listen(&shared.uuid)?;
         shared.rundir.note_job(&shared.uuid, targets(&mark));
-        job::begin(shared, &mark, &document, plan.checkpoint.as_ref())
+        let run = job::begin(shared, &mark, &document, plan.checkpoint.as_ref())?;
+        Ok((run, outcomes))
     });
-    let domain = begun.inspect_err(|_| {
+    let (domain, outcomes) = begun.inspect_err(|_| {
         shared.rundir.forget_job();
         parts.iter().for_each(|p| p.target.discard(&shared.rundir));
     })?;
-    let now = Instant::now();
     let session = Arc::new(PushSession {
         id: plan.id,
         mark,
         domain,
         parts,
         course: Course::default(),
-        seen: Mutex::new(Some((now, now))),
+        outcomes: Mutex::new(outcomes),
+        seen: AtomicBool::new(false),
         closing: AtomicBool::new(false),
         gone: Mutex::new(false),
     });
+    // At once: what was told before it is seen to run is of others.
+    let mark = session.mark.clone();
+    let asked = shared
+        .link
+        .call("look at a backup", move |d| job::is_ours(d, &mark));
+    if asked.unwrap_or(false) {
+        session.see();
+    }
     shared.put(Arc::clone(&session) as Arc<dyn Running>);
     Ok(LibvirtPush {
         shared: Arc::clone(shared),
@@ -224,42 +238,74 @@ impl PushSession {
         shared.notify(Notice::Over(self.id, Ok(Outcome::Completed)));
     }
 
-    /// Whether a job that took so long can be this one.
-    fn may_have_taken(&self, elapsed: Duration) -> bool {
-        let seen = *self.seen.lock();
-        seen.is_none_or(|(first, last)| elapsed + SLACK >= last - first)
+    /// libvirtd was restarted, and tells those who listen now.
+    fn listen_again(&self, shared: &Shared) {
+        let mut outcomes = self.outcomes.lock();
+        if !outcomes.is_alive()
+            && let Ok(again) = shared.link.listen(&shared.uuid)
+        {
+            *outcomes = again;
+        }
     }
 
-    /// Why it is no backup; none if it is one.
-    fn failure(&self, result: Option<&JobResult>) -> Option<Error> {
-        let unknown = "libvirt does not say what became of it";
-        let Some(result) = result else {
-            return Some(Error::new(Kind::Io, unknown));
-        };
-        let other = result.operation as u32 != sys::VIR_DOMAIN_JOB_OPERATION_BACKUP;
-        if other || !self.may_have_taken(result.elapsed) {
-            let why = format!("{unknown}, but of a later job");
-            return Some(Error::new(Kind::Io, why));
-        }
-        match result.kind as sys::virDomainJobType {
-            sys::VIR_DOMAIN_JOB_COMPLETED => None,
-            sys::VIR_DOMAIN_JOB_CANCELLED => Some(Error::new(
-                Kind::Io,
-                "it was aborted by someone else (virsh domjobabort)",
-            )),
-            _ => {
-                let why = result
-                    .message
-                    .as_deref()
-                    .unwrap_or("libvirt says no reason");
-                Some(match why.contains("No space left") {
-                    true => Error::new(Kind::NoSpace, format!("a target is full: {why}"))
-                        .hint("make room there, or choose another place"),
-                    false => Error::new(Kind::Io, format!("libvirt's job failed: {why}")),
-                })
-            }
+    /// It runs.
+    fn see(&self) {
+        if !self.seen.swap(true, Ordering::AcqRel) {
+            self.outcomes.lock().forget();
         }
     }
+
+    /// What became of it, now that it is gone.
+    fn outcome(&self, shared: &Shared) -> Result<Option<JobResult>> {
+        let outcomes = self.outcomes.lock();
+        let Some(first) = outcomes.next(NEWS) else {
+            // libvirtd was restarted, and knows it by looking at QEMU.
+            return match outcomes.is_alive() {
+                true => Ok(None),
+                false => shared
+                    .link
+                    .call("look what became of a backup", Domain::last_job),
+            };
+        };
+        if self.seen.load(Ordering::Acquire) {
+            return Ok(Some(first));
+        }
+        // It was over before it was seen. It is one of those that are told now; so all must be well.
+        let mut result = first;
+        while let Some(next) = outcomes.next(STRAGGLERS) {
+            if next.kind != sys::VIR_DOMAIN_JOB_COMPLETED as i32 {
+                result = next;
+            }
+        }
+        Ok(Some(result))
+    }
+}
+
+/// Why a job's result is no backup; none if it is one.
+fn failure(result: Option<&JobResult>) -> Option<Error> {
+    let backup = sys::VIR_DOMAIN_JOB_OPERATION_BACKUP as i32;
+    let Some(result) = result.filter(|r| r.operation == backup) else {
+        return Some(Error::new(
+            Kind::Io,
+            "libvirt does not say what became of it",
+        ));
+    };
+    if result.kind == sys::VIR_DOMAIN_JOB_COMPLETED as i32 {
+        return None;
+    }
+    let why = result.message.as_deref();
+    let why = why.unwrap_or("libvirt says no reason");
+    Some(if why.contains("No space left") {
+        Error::new(Kind::NoSpace, format!("a target is full: {why}"))
+            .hint("make room there, or choose another place")
+    } else if why.contains("cancel") || result.kind == sys::VIR_DOMAIN_JOB_CANCELLED as i32 {
+        Error::new(
+            Kind::Io,
+            format!("it was aborted by someone else (virsh domjobabort): {why}"),
+        )
+    } else {
+        Error::new(Kind::Io, format!("libvirt's job failed: {why}"))
+    })
 }
 
 impl Running for PushSession {
@@ -300,10 +346,8 @@ impl Running for PushSession {
     }
 
     fn watch(&self, shared: &Shared, _: State) {
-        let now = Instant::now();
-        let mut seen = self.seen.lock();
-        *seen = Some((seen.map_or(now, |(first, _)| first), now));
-        drop(seen);
+        self.see();
+        self.listen_again(shared);
         let disks: Vec<String> = self.parts.iter().map(|p| p.disk.clone()).collect();
         let asked = shared.link.call("look at a backup", move |domain| {
             let jobs = disks.iter().map(|disk| domain.block_job(disk));
@@ -320,21 +364,15 @@ impl Running for PushSession {
         }
     }
 
-    fn unseen(&self) {
-        // Another libvirtd counts anew how long a job takes.
-        *self.seen.lock() = None;
-    }
-
     fn vanished(self: Arc<Self>, shared: &Arc<Shared>) {
         if self.closing.load(Ordering::Acquire) {
             return;
         }
-        let asked = shared
-            .link
-            .call("look what became of a backup", Domain::last_job);
         // It may be asked again, when libvirt answers.
-        let Ok(result) = asked else { return };
-        if let Some(why) = self.failure(result.as_ref()) {
+        let Ok(result) = self.outcome(shared) else {
+            return;
+        };
+        if let Some(why) = failure(result.as_ref()) {
             return self.fail(shared, why);
         }
         self.note_total(result.map_or(0, |r| r.total));
