@@ -507,3 +507,56 @@ fn an_undefined_domain_may_come_back() {
     mount.mkdir("backups/again").unwrap();
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
+
+/// Reads in the moment of somebody else's abort may be newer than the instant: whoever ends the backup
+/// right after that is told, once, and so are those who follow its events.
+#[test]
+fn an_end_that_comes_after_an_abort_is_no_success() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    for name in ["a", "b", "c"] {
+        let backup = format!("backups/{name}");
+        mount.mkdir(&backup).unwrap();
+        libvirtd.virsh(&["domjobabort", "vm"]);
+        // Unless the guard has seen it first.
+        if let Err(first) = mount.rmdir(&backup) {
+            assert_eq!(first.raw_os_error(), Some(libc::EIO), "{first}");
+            let said = mount.last_error();
+            assert!(said.contains("thrown away"), "{said}");
+            mount.rmdir(&backup).unwrap();
+        }
+    }
+    let events = mount.read("events");
+    assert_eq!(events.matches("\"failed\"").count(), 3, "{events}");
+    assert!(!events.contains("\"completed\""), "{events}");
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// libvirt begins a backup, and only then writes down its checkpoint. If it cannot, QEMU's jobs stay.
+#[test]
+fn a_begin_that_libvirt_cannot_write_down_leaves_nothing() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    let long = "b".repeat(248);
+    for made in ["backups", "checkpoints"] {
+        let refused = mount.mkdir(&format!("{made}/{long}"));
+        assert_eq!(errno(refused), libc::ENAMETOOLONG, "{made}");
+    }
+    let records = libvirtd.dir().join("var/lib/libvirt/qemu/checkpoint");
+    std::fs::create_dir_all(&records).unwrap();
+    std::fs::write(records.join("vm"), "in the way").unwrap();
+    assert_eq!(errno(mount.mkdir("backups/b")), libc::EIO);
+    assert!(libvirtd.try_virsh(&["backup-dumpxml", "vm"]).is_err());
+    let jobs = libvirtd.qmp("query-jobs", serde_json::json!({}));
+    assert_eq!(jobs, serde_json::json!([]));
+    std::fs::remove_file(records.join("vm")).unwrap();
+    mount.mkdir("backups/c").unwrap();
+    mount.rmdir("backups/c").unwrap();
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}

@@ -200,3 +200,45 @@ impl Drop for Unmounts {
         run("umount", &["-l", text(&self.0)]);
     }
 }
+
+/// libvirt keeps what became of the last job only. One that waited for its turn follows ours at once, and
+/// comes out well.
+#[test]
+fn the_success_of_another_is_not_ours() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[160 * MIB, MIB]);
+    let write = Write {
+        offset: 0,
+        length: 160 * MIB,
+        pattern: 7,
+    };
+    libvirtd.write("vda", write);
+    libvirtd.slow("vda");
+    let dir = targets(&libvirtd);
+    let mount = Fleecefs::libvirt(&libvirtd.uri()).mount();
+    for round in 0..3 {
+        let [ours, theirs] = ["ours", "theirs"].map(|who| dir.join(format!("{who}{round}.raw")));
+        let name = format!("b{round}");
+        begin(&mount, &name, &document(None, &[("vda", "raw", &ours)]));
+        let other = libvirtd.dir().join("theirs.xml");
+        let document = format!(
+            "<domainbackup mode='push'><disks><disk name='vda' backup='no'/>\
+             <disk name='vdb' type='file'><target file='{}'/><driver type='raw'/></disk></disks>\
+             </domainbackup>",
+            text(&theirs)
+        );
+        std::fs::write(&other, document).unwrap();
+        let aborted = format!("domjobabort vm; backup-begin vm {}", text(&other));
+        libvirtd.virsh(&[&aborted]);
+        let failed = becomes(&mount, &name, "failed");
+        assert!(failed.contains("aborted by someone else"), "{failed}");
+        assert!(!ours.exists());
+        eventually("the other's end", DEADLINE, || {
+            no_job(&libvirtd).then_some(())
+        });
+        mount.rmdir(&format!("backups/{name}")).unwrap();
+    }
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}

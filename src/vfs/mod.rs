@@ -136,12 +136,19 @@ impl Vfs {
     }
 
     /// Passes a result on; a refusal is written down in `last-error` and the log first. That a
-    /// name is not there, or a file has no more data, is an answer and no refusal.
+    /// name is not there, or a file has no more data, is an answer and no refusal; unless it is
+    /// something that was to be made, which lacks something else.
     fn noted<T>(&self, operation: impl FnOnce() -> String, result: Result<T>) -> Result<T> {
         if let Err(error) = &result
-            && !matches!(error.kind(), Kind::NotFound | Kind::PastEnd)
+            && error.kind() != Kind::PastEnd
         {
-            self.refusals.note(&operation(), error);
+            let operation = operation();
+            let makes = ["mkdir ", "close "]
+                .iter()
+                .any(|verb| operation.starts_with(verb));
+            if error.kind() != Kind::NotFound || makes {
+                self.refusals.note(&operation, error);
+            }
         }
         result
     }

@@ -56,6 +56,8 @@ pub struct LiveBackup {
     pub socket: Option<String>,
     /// What a push backup is written to, in the order of the document.
     pub targets: Vec<String>,
+    /// The disk targets that take part.
+    pub disks: Vec<String>,
 }
 
 impl LiveBackup {
@@ -67,6 +69,10 @@ impl LiveBackup {
         let disks = child(&root, "disks").map_or(&[][..], |d| &d.children);
         let targets = disks.iter().filter_map(|disk| child(disk, "target"));
         let path = |t| attribute(t, "file").or_else(|| attribute(t, "dev"));
+        let taking_part = disks
+            .iter()
+            .filter(|d| attribute(d, "backup") != Some("no"));
+        let taking_part = taking_part.filter_map(|d| attribute(d, "name"));
         Ok(Self {
             mode: match attribute(&root, "mode") {
                 Some("pull") => Mode::Pull,
@@ -76,6 +82,7 @@ impl LiveBackup {
                 .and_then(|s| attribute(s, "socket"))
                 .map(str::to_owned),
             targets: targets.filter_map(path).map(str::to_owned).collect(),
+            disks: taking_part.map(str::to_owned).collect(),
         })
     }
 }
@@ -167,5 +174,6 @@ mod tests {
         .unwrap();
         assert_eq!((push.mode, push.socket), (Mode::Push, None));
         assert_eq!(push.targets, ["/t/a", "/dev/x"]);
+        assert_eq!(push.disks, ["vda", "vdc"]);
     }
 }

@@ -319,6 +319,13 @@ impl Domain {
         owned(unsafe { sys::virDomainBackupGetXMLDesc(self.0, 0) })
     }
 
+    /// Ends the block job of a disk, whatever libvirt knows of it.
+    pub(super) fn abort_block_job(&self, disk: &str) -> Result<()> {
+        let disk = c(disk)?;
+        // SAFETY: the string outlives the call.
+        count(unsafe { sys::virDomainBlockJobAbort(self.0, disk.as_ptr(), 0) }).map(drop)
+    }
+
     pub(super) fn abort_job(&self) -> Result<()> {
         // SAFETY: the domain is ours.
         count(unsafe { sys::virDomainAbortJob(self.0) }).map(drop)

@@ -19,6 +19,9 @@ use crate::xml::{BackupDocument, LiveBackup};
 /// How often it is looked whether a job that was aborted is gone.
 const POLL: Duration = Duration::from_millis(20);
 
+/// How long an abort takes from which libvirt has returned.
+const SETTLE: Duration = Duration::from_millis(150);
+
 /// How long what was begun too late is waited for to be gone again.
 const UNDO: Duration = Duration::from_secs(10);
 
@@ -133,25 +136,44 @@ pub(super) fn begin(
             late,
         )
     };
-    quiesce::frozen(shared, shared.places.quiesce, begin, |_| {
+    let undo = || {
         if let Err(e) = undo(&shared.link, mark.clone(), checkpoint) {
             log::error!("undoing a backup: {e}");
         }
-    })
+    };
+    let begun = quiesce::frozen(shared, shared.places.quiesce, begin, |_| undo());
+    if let Err(error) = &begun {
+        let mark = mark.clone();
+        let left = shared
+            .link
+            .call("look what is left", move |d| is_ours(d, &mark));
+        if left.unwrap_or(false) {
+            undo();
+        }
+        if error.kind() == Kind::NotFound {
+            let why = format!("a checkpoint that it counts from was deleted meanwhile: {error}");
+            return Err(Error::new(Kind::Busy, why).hint("try again"));
+        }
+    }
+    begun
 }
 
 /// Ends a backup that is not to be, and deletes the checkpoint that was made with it.
 pub(super) fn undo(link: &Link, mark: Mark, checkpoint: Option<&NewCheckpoint>) -> Result<()> {
-    end(link, mark, None)?;
+    end(link, mark, None, false)?;
     checkpoint.map_or(Ok(()), |new| undo_checkpoint(link, new))
 }
 
 /// Deletes a checkpoint that is not to be.
 pub(super) fn undo_checkpoint(link: &Link, new: &NewCheckpoint) -> Result<()> {
     let name = new.name.to_string();
-    link.call("undo a checkpoint", move |domain| {
+    let deleted = link.call("undo a checkpoint", move |domain| {
         domain.checkpoint(&name)?.delete(0)
-    })
+    });
+    match deleted {
+        Err(e) if e.kind() == Kind::NotFound => Ok(()),
+        deleted => deleted,
+    }
 }
 
 /// After a begin that came too late for whoever waited for it.
@@ -189,11 +211,15 @@ fn abort(domain: &Domain, mark: &Mark, deadline: Instant) -> ffi::Result<bool> {
         return Ok(false);
     }
     if let Err(fault) = domain.abort_job() {
+        let ours = running(domain)?.filter(|backup| mark.is_on(backup));
         // It may have ended in between.
-        return match is_ours(domain, mark)? {
-            true => Err(fault),
-            false => Ok(true),
-        };
+        let Some(backup) = ours else { return Ok(true) };
+        // A begin that failed in its last step, when libvirt could not save the checkpoint's record, leaves
+        // QEMU's jobs, and no job of libvirt's that could be aborted.
+        let aborts = backup.disks.iter().map(|disk| domain.abort_block_job(disk));
+        if aborts.filter(|a| a.is_ok()).count() == 0 {
+            return Err(fault);
+        }
     }
     while is_ours(domain, mark)? {
         if Instant::now() >= deadline {
@@ -216,10 +242,16 @@ pub(super) struct Ended {
     pub(super) is_stopped: bool,
 }
 
-/// Ends the backup with this mark, which was begun in this run of the domain, if it is there.
-pub(super) fn end(link: &Link, mark: Mark, run: Option<u32>) -> Result<Ended> {
+/// Ends the backup with this mark, which was begun in this run of the domain, if it is there; `wary`: and
+/// sees whether somebody else is about to. Of an abort that is under way libvirt shows nothing, but that
+/// does not take long.
+pub(super) fn end(link: &Link, mark: Mark, run: Option<u32>, wary: bool) -> Result<Ended> {
     let deadline = Instant::now() + link.timeout();
     let ended = link.call("end a backup", move |domain| {
+        let settled = Instant::now() + SETTLE;
+        while wary && Instant::now() < settled && is_ours(domain, &mark)? {
+            std::thread::sleep(POLL);
+        }
         let was_there = abort(domain, &mark, deadline)?;
         let same_run = domain.is_active()? && domain.id() == run;
         Ok(Ended {

@@ -257,6 +257,15 @@ pub(super) fn explain(fault: &Fault) -> Error {
             error(Kind::NotConnected).hint("is libvirtd running, and -o uri= right?")
         }
         sys::VIR_ERR_NO_DOMAIN => error(Kind::NotConnected).hint("virsh list --all shows domains"),
+        _ if message.contains("inactive domain")
+            || message.contains("Unable to read from monitor")
+            || message.contains("End of file from qemu monitor") =>
+        {
+            error(Kind::NotConnected).hint("it is about to stop: begin again when it runs")
+        }
+        _ if message.contains("job data missing") => error(Kind::Busy).hint(
+            "libvirtd was killed while it began a backup, and has lost track of it: restart the domain",
+        ),
         sys::VIR_ERR_OPERATION_INVALID if message.contains("not running") => {
             error(Kind::NotConnected).hint("start or resume it: virsh start, virsh resume")
         }

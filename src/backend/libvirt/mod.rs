@@ -45,6 +45,10 @@ mod quiesce;
 mod session;
 mod stopped;
 
+/// Of a checkpoint's name. libvirt writes NAME.xml.new; with a longer one it fails in the end, and leaves
+/// bitmaps (tried: 248).
+const LONGEST_NAME: usize = 247;
+
 /// How long is waited for a planned time. A clock that was set back is not waited for.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
@@ -261,6 +265,14 @@ impl Shared {
 
 /// What libvirt leaves no choice about.
 fn choices(new: &NewCheckpoint) -> Result<()> {
+    if new.name.as_str().len() > LONGEST_NAME {
+        return Err(Error::new(
+            Kind::NameTooLong,
+            format!(
+                "libvirt keeps a checkpoint in a file, whose name has room for {LONGEST_NAME} bytes"
+            ),
+        ));
+    }
     for bitmap in &new.bitmaps {
         if bitmap.granularity.is_some() {
             return Err(Error::new(
@@ -334,7 +346,9 @@ impl Backend for Libvirt {
             && let Some(mark) = left_behind(&backup, &places.runtime)
         {
             log::warn!("ending a backup that a killed fleecefs left: {mark:?}");
-            job::end(link, mark, None)?;
+            if let Err(e) = job::end(link, mark, None, false) {
+                log::error!("{e}");
+            }
         }
         scratch::sweep(&places.scratch, &places.runtime);
         for dir in rundir::dead(&places.runtime) {

@@ -178,7 +178,7 @@ impl PushSession {
         if *gone {
             return Ok(());
         }
-        let ended = job::end(&shared.link, self.mark.clone(), self.domain);
+        let ended = job::end(&shared.link, self.mark.clone(), self.domain, false);
         if self.course.over(how.clone()) {
             for part in &self.parts {
                 part.progress.lock().state = how.clone();

@@ -227,7 +227,7 @@ impl Running for Session {
         if *gone {
             return Ok(());
         }
-        let ended = job::end(&shared.link, self.mark(), self.domain)?;
+        let ended = job::end(&shared.link, self.mark(), self.domain, first)?;
         for part in &self.parts {
             // libvirt did, unless its domain died.
             let _ = std::fs::remove_file(&part.scratch);
