@@ -4,7 +4,9 @@
 //! The images are opened read-only, so libvirt's bitmaps stay as they are whatever happens here; for
 //! the same reason no checkpoint can be made or deleted, which libvirt cannot do either without a
 //! running QEMU. All of libvirt's bitmaps recorded all the time, so that their union from a checkpoint
-//! on, which is what the storage daemon is asked for, is that checkpoint's own. Every since/ is there.
+//! on, which is what the storage daemon is asked for, is that checkpoint's own. (In the image of a
+//! snapshot libvirt begins each bitmap anew, and leaves on the one below what it had recorded until then.
+//! So those below count too: `qemu/disks.rs`.) Every since/ is there.
 //!
 //! QEMU's lock on the images keeps the domain from being started meanwhile.
 

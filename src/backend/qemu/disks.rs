@@ -4,6 +4,7 @@
 //! and states in every release, and a node that is not ours must never fail to parse.
 
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use crate::backend::names;
 use crate::model::{Bitmap, Disk};
@@ -41,6 +42,9 @@ pub(super) struct Node {
     active: Option<bool>,
     #[serde(default)]
     file: Option<String>,
+    /// The file of the image below, where there is one.
+    #[serde(default, rename = "backing_file")]
+    backing_file: Option<String>,
     image: Image,
     #[serde(default)]
     dirty_bitmaps: Vec<DirtyBitmap>,
@@ -98,9 +102,23 @@ struct DirtyBitmap {
 pub(super) struct DiskNode {
     pub(super) node: String,
     pub(super) disk: Disk,
+    /// What images further down hold of its bitmaps: (node, bitmap). Only of a disk that is opened
+    /// read-only: elsewhere each bitmap is on the disk's own image, or is not trusted.
+    pub(super) older: Vec<(String, String)>,
     /// The image is not this QEMU's to write, as before a migration has arrived and after one has left:
     /// another one may write to it, and what that writes is in no bitmap here.
     pub(super) inactive: bool,
+}
+
+impl DiskNode {
+    /// Where a bitmap's content is, as block-dirty-bitmap-merge wants to be told.
+    pub(super) fn sources(&self, bitmap: &str) -> Vec<Value> {
+        let older = self.older.iter().filter(|(_, name)| name == bitmap);
+        let nodes = std::iter::once(&self.node).chain(older.map(|(node, _)| node));
+        nodes
+            .map(|node| json!({"node": node, "name": bitmap}))
+            .collect()
+    }
 }
 
 /// Where the list of disks comes from.
@@ -154,9 +172,59 @@ pub(super) fn of_nodes(wanted: &[(String, String)], nodes: &[Node]) -> Vec<DiskN
         .iter()
         .filter_map(|(target, name)| {
             let node = nodes.iter().find(|n| n.node_name.as_ref() == Some(name))?;
-            Some(disk_of(target.clone(), name.clone(), node))
+            let mut found = disk_of(target.clone(), name.clone(), node);
+            if node.ro {
+                found.add_older(node, nodes);
+            }
+            Some(found)
         })
         .collect()
+}
+
+/// The nodes below `top`, as far down as there are any. `None` if one is not found.
+fn below<'a>(top: &'a Node, nodes: &'a [Node]) -> Option<Vec<&'a Node>> {
+    let mut chain = Vec::new();
+    let mut next = top.backing_file.as_ref();
+    while let Some(file) = next {
+        // The file itself is a node of that name, too, and has neither.
+        let named = nodes.iter().filter(|n| n.file.as_ref() == Some(file));
+        let node = named.max_by_key(|n| (n.backing_file.is_some(), !n.dirty_bitmaps.is_empty()))?;
+        chain.push(node);
+        next = node.backing_file.as_ref();
+        if chain.len() > nodes.len() {
+            return None;
+        }
+    }
+    Some(chain)
+}
+
+impl DiskNode {
+    /// libvirt begins a bitmap anew in each snapshot's image, and leaves the content it has on the one
+    /// below: what a bitmap says is said by all of its name. Where one of them cannot be used, none can.
+    fn add_older(&mut self, top: &Node, nodes: &[Node]) {
+        let chain = below(top, nodes);
+        for bitmap in &mut self.disk.bitmaps {
+            let Some(chain) = &chain else {
+                bitmap.inconsistent = true;
+                continue;
+            };
+            for node in chain {
+                let named = |b: &&DirtyBitmap| b.name.as_ref() == Some(&bitmap.name);
+                let Some(same) = node.dirty_bitmaps.iter().find(named) else {
+                    continue;
+                };
+                match &node.node_name {
+                    Some(name)
+                        if !same.inconsistent && node.image.virtual_size == self.disk.size =>
+                    {
+                        self.older.push((name.clone(), bitmap.name.clone()));
+                        bitmap.dirty_bytes = bitmap.dirty_bytes.max(same.count);
+                    }
+                    _ => bitmap.inconsistent = true,
+                }
+            }
+        }
+    }
 }
 
 /// The name of a drive in the domain: its device's id, else the id of a `-drive`, else the node's
@@ -207,6 +275,7 @@ fn disk_of(target: String, name: String, node: &Node) -> DiskNode {
     DiskNode {
         node: name,
         inactive: node.active == Some(false),
+        older: Vec::new(),
         disk: Disk {
             target,
             size: node.image.virtual_size,
@@ -292,6 +361,49 @@ mod tests {
         let bitmaps = &disks[0].disk.bitmaps;
         assert_eq!(bitmaps.len(), 1, "bitmaps without a name belong to filters");
         assert!(bitmaps[0].recording && !bitmaps[0].inconsistent);
+    }
+
+    #[test]
+    fn a_read_only_disks_bitmaps_go_on_below() {
+        let image = |name: &str, below: Option<&str>| {
+            let mut all = [
+                node(name, "qcow2", Some("1.1")),
+                node(&format!("{name}-file"), "file", None),
+            ];
+            for one in &mut all {
+                one["file"] = json!(format!("/i/{name}"));
+                one["ro"] = json!(true);
+            }
+            all[1]["dirty-bitmaps"] = json!([]);
+            all[0]["backing_file"] = json!(below.map(|b| format!("/i/{b}")));
+            all
+        };
+        let look = |nodes: Vec<serde_json::Value>| {
+            let nodes: Vec<Node> = serde_json::from_value(json!(nodes)).unwrap();
+            of_nodes(&[("vda".to_owned(), "top".to_owned())], &nodes).remove(0)
+        };
+        let chain = || {
+            let all = [("base", None), ("mid", Some("base")), ("top", Some("mid"))];
+            all.map(|(name, below)| image(name, below)).concat()
+        };
+        let at = |node: &str| json!({"node": node, "name": "mon"});
+        let whole = look(chain());
+        assert_eq!(whole.sources("mon"), [at("top"), at("mid"), at("base")]);
+        assert!(!whole.disk.bitmaps[0].inconsistent);
+
+        let spoiled = |place: usize, what: &str, value: serde_json::Value| {
+            let mut nodes = chain();
+            *nodes[place].pointer_mut(what).unwrap() = value;
+            look(nodes).disk.bitmaps[0].inconsistent
+        };
+        assert!(spoiled(2, "/backing_file", json!("/i/lost")), "not found");
+        assert!(spoiled(0, "/image/virtual-size", json!(1)), "another size");
+        let bad = json!({"name": "mon", "granularity": 1, "count": 0, "inconsistent": true});
+        assert!(spoiled(2, "/dirty-bitmaps/1", bad));
+        // A disk that is written to: whoever keeps its checkpoints knows the top one only.
+        let mut nodes = chain();
+        nodes[4]["ro"] = json!(false);
+        assert_eq!(look(nodes).sources("mon"), [at("top")]);
     }
 
     #[test]

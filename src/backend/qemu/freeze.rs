@@ -32,6 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::disks::DiskNode;
 use super::frozen::{QemuDisk, QemuFrozen};
 use super::monitor::Monitor;
 use super::quirks::Access;
@@ -49,8 +50,7 @@ use crate::nbd;
 pub(super) struct Part {
     pub(super) target: String,
     /// The live node.
-    pub(super) node: String,
-    pub(super) size: u64,
+    pub(super) live: DiskNode,
     pub(super) names: Names,
     /// Granularity of the bitmap that recorded up to the instant, where there is one; its frozen
     /// copy is on the overlay.
@@ -138,8 +138,7 @@ fn part(shared: &Shared, job: u32, index: usize, disk: &FreezeDisk) -> Result<Pa
     });
     Ok(Part {
         target: disk.target.clone(),
-        node: live.node,
-        size: live.disk.size,
+        live,
         names: Names::new(shared.rundir.id(), job, index),
         recorded,
         scratch: disk.scratch.clone().map(PathBuf::from),
@@ -170,12 +169,12 @@ impl Part {
                 _ => e,
             })?;
         scratch.unlink();
-        monitor.create_qcow2(&self.names.create(), &file, self.size)?;
+        monitor.create_qcow2(&self.names.create(), &file, self.live.disk.size)?;
         let mut overlay = json!({
             "driver": "qcow2", "node-name": self.names.overlay(), "file": file,
         });
         if Access::of(monitor.client().version()).asks_the_overlay() {
-            overlay["backing"] = json!(self.node);
+            overlay["backing"] = json!(self.live.node);
         }
         monitor.blockdev_add(overlay)?;
         Ok(scratch)
@@ -193,13 +192,12 @@ impl Part {
             ));
             actions.push(action(
                 "block-dirty-bitmap-merge",
-                json!({"node": overlay, "target": TAIL,
-                       "bitmaps": [{"node": self.node, "name": bitmap}]}),
+                json!({"node": overlay, "target": TAIL, "bitmaps": self.live.sources(bitmap)}),
             ));
         }
         actions.push(action(
             "blockdev-backup",
-            json!({"job-id": self.names.job(), "device": self.node, "target": overlay,
+            json!({"job-id": self.names.job(), "device": self.live.node, "target": overlay,
                    "sync": "none", "filter-node-name": self.names.filter()}),
         ));
         actions
@@ -227,7 +225,7 @@ impl Part {
             (Some((bitmap, older)), Some((_, granularity))) => {
                 let mut sources: Vec<_> = older
                     .iter()
-                    .map(|name| json!({"node": self.node, "name": name}))
+                    .flat_map(|name| self.live.sources(name))
                     .collect();
                 sources.push(json!({"node": overlay, "name": TAIL}));
                 monitor.bitmap_add(&overlay, bitmap, *granularity)?;
@@ -323,7 +321,7 @@ impl Session {
     /// The node under this backup's filter, if `node` is one.
     pub(super) fn below(&self, node: &str) -> Option<String> {
         let part = self.parts.iter().find(|p| p.names.filter() == node)?;
-        Some(part.node.clone())
+        Some(part.live.node.clone())
     }
 
     /// Whether the QEMU process of this id holds it.

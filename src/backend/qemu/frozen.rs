@@ -79,12 +79,12 @@ impl QemuDisk {
         let size = nbd::Connection::open(&endpoint, timeout)
             .map_err(|e| error(e).during(format!("disk {}", part.target)))?
             .size();
-        if size != part.size {
+        if size != part.live.disk.size {
             return Err(Error::new(
                 Kind::Io,
                 format!(
                     "disk {}: the export has {size} bytes, the disk {}",
-                    part.target, part.size
+                    part.target, part.live.disk.size
                 ),
             ));
         }
@@ -141,7 +141,7 @@ impl QemuDisk {
 
 impl FrozenDisk for QemuDisk {
     fn size(&self) -> u64 {
-        self.part().size
+        self.part().live.disk.size
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
@@ -192,7 +192,7 @@ impl FrozenDisk for QemuDisk {
         let overlay = part.names.overlay();
         let mut sources: Vec<_> = bitmaps
             .iter()
-            .map(|name| json!({"node": part.node, "name": name}))
+            .flat_map(|name| part.live.sources(name))
             .collect();
         sources.push(json!({"node": overlay, "name": TAIL}));
         // An export only shows a bitmap that nobody else uses, so the union is one of its own.
@@ -202,7 +202,11 @@ impl FrozenDisk for QemuDisk {
             .and_then(|()| {
                 let bitmap = [(overlay.as_str(), UNION)];
                 self.with_export(&part.names.access(), &bitmap, |export| {
-                    self.status(export, &nbd::dirty_bitmap_context(UNION), 0..part.size)
+                    self.status(
+                        export,
+                        &nbd::dirty_bitmap_context(UNION),
+                        0..part.live.disk.size,
+                    )
                 })
             });
         let removed = monitor.bitmap_remove(&overlay, UNION);

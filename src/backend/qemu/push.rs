@@ -41,8 +41,8 @@ struct Part {
     size: u64,
     names: Names,
     target: TargetFile,
-    /// The bitmaps whose union is copied; `None`: everything.
-    changed: Option<Vec<String>>,
+    /// Where the bitmaps are whose union is copied; `None`: everything.
+    changed: Option<Vec<Value>>,
     progress: Mutex<Progress>,
     /// How the letting go of a target that is written came out, once it has begun.
     closed: Mutex<Option<Closing>>,
@@ -106,11 +106,14 @@ impl Part {
         let live = shared.node(&disk.disk)?;
         Ok(Self {
             disk: disk.disk.clone(),
-            node: live.node,
+            node: live.node.clone(),
             size: live.disk.size,
             names: Names::new(shared.rundir.id(), job, index),
             target: TargetFile::new(disk.target.clone(), live.disk.size),
-            changed: disk.changed.clone(),
+            changed: disk
+                .changed
+                .as_ref()
+                .map(|all| all.iter().flat_map(|name| live.sources(name)).collect()),
             progress: Mutex::new(Progress {
                 state: JobState::Running,
                 done: 0,

@@ -1,0 +1,91 @@
+//! Domains of a real libvirtd, through a mount: what makes a checkpoint of libvirt's untrustworthy, and that
+//! nothing that changed is missed while it seems sound.
+#![cfg(feature = "libvirt")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::libvirtd::{Libvirtd, libvirtd};
+use common::mount::Home;
+use common::tools::{DEADLINE, eventually, fuse, need, run, text};
+use common::{Fleecefs, Write, model, parse_map};
+
+const MIB: u64 = 1 << 20;
+const NOTHING: [std::path::PathBuf; 0] = [];
+
+fn mount(libvirtd: &Libvirtd, home: Home) -> Fleecefs {
+    Fleecefs::libvirt(&libvirtd.uri()).home(home).mount()
+}
+
+/// A guest's write of a cluster at so many MiB.
+fn write(libvirtd: &Libvirtd, target: &str, at: u64) -> (u64, u64) {
+    let write = Write {
+        offset: at * MIB,
+        length: 65536,
+        pattern: 1,
+    };
+    libvirtd.write(target, write);
+    (at * MIB, 65536)
+}
+
+fn snapshot(libvirtd: &Libvirtd, name: &str) {
+    let what = ["--disk-only", "--no-metadata"];
+    libvirtd.virsh(&[&["snapshot-create-as", "vm", name], &what[..]].concat());
+}
+
+fn since(mount: &Fleecefs, backup: &str, base: &str, disk: &str) -> Vec<(u64, u64)> {
+    let map = mount.read(&format!("backups/{backup}/since/{base}/{disk}.map"));
+    model::dirty_extents(&parse_map(&map))
+}
+
+/// A snapshot's image has bitmaps of the same names, begun anew: what was recorded before is on the images
+/// below, and counts when the domain is off as when it runs.
+#[test]
+fn a_stopped_domain_has_what_was_recorded_before_its_snapshots() {
+    need!("qemu-img");
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[16 * MIB, 4 * MIB]);
+    let write = |at| write(&libvirtd, "vda", at);
+    let snapshot = |name| snapshot(&libvirtd, name);
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "mon"]);
+    let mut written = vec![write(1)];
+    snapshot("s");
+    written.push(write(3));
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "tue"]);
+    written.push(write(5));
+    snapshot("t");
+    snapshot("u");
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "wed"]);
+    written.push(write(7));
+    libvirtd.virsh(&["destroy", "--graceful", "vm"]);
+
+    let mount = mount(&libvirtd, Home::new());
+    mount.mkdir("backups/b").unwrap();
+    for (checkpoint, first) in [("mon", 0), ("tue", 2), ("wed", 3)] {
+        let dirty = since(&mount, "b", checkpoint, "vda");
+        assert_eq!(dirty, written[first..], "{checkpoint}");
+    }
+    mount.rmdir("backups/b").unwrap();
+
+    // A push backup goes by the same.
+    let target = libvirtd.dir().join("inc.qcow2");
+    let document = format!(
+        "<domainbackup><incremental>mon</incremental><disks><disk name='vda'><driver type='qcow2'/>\
+         <target file='{}'/></disk></disks></domainbackup>",
+        text(&target)
+    );
+    std::fs::write(mount.path("backups/p.xml"), document).unwrap();
+    eventually("the push", DEADLINE, || {
+        let status = mount.read("backups/p/status");
+        status.contains("state: completed").then_some(())
+    });
+    mount.rmdir("backups/p").unwrap();
+    let map = run("qemu-img", &["map", "--output=json", text(&target)]);
+    for (offset, _) in written {
+        let there = format!("\"start\": {offset},");
+        assert!(map.contains(&there), "{offset}: {map}");
+    }
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
