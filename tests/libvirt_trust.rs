@@ -89,3 +89,43 @@ fn a_stopped_domain_has_what_was_recorded_before_its_snapshots() {
     }
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
+
+/// Two checkpoints of one second: what is remembered of one does not depend on the other.
+#[test]
+fn a_checkpoints_time_does_not_change() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB]);
+    let time = |name| {
+        let document = libvirtd.virsh(&["checkpoint-dumpxml", "--no-domain", "vm", name]);
+        let (_, after) = document.split_once("<creationTime>").unwrap();
+        after.split('<').next().unwrap().to_owned()
+    };
+    loop {
+        libvirtd.virsh(&["checkpoint-create-as vm a; checkpoint-create-as vm b"]);
+        if time("a") == time("b") {
+            break;
+        }
+        libvirtd.virsh(&["checkpoint-delete vm b; checkpoint-delete vm a"]);
+    }
+    let mount = mount(&libvirtd, Home::new());
+    let shown = || {
+        let document = mount.read("checkpoints/b/checkpoint.xml");
+        let mut lines = document.lines().map(str::trim);
+        lines
+            .find(|l| l.starts_with("<creationTime>"))
+            .map(str::to_owned)
+    };
+    let before = shown();
+    assert!(!before.as_ref().unwrap().contains(&time("b")), "one later");
+    libvirtd.virsh(&["blockresize", "vm", "vda", "4M"]);
+    libvirtd.virsh(&["checkpoint-delete", "vm", "a"]);
+    eventually("a's end", DEADLINE, || {
+        (mount.list("checkpoints") == ["b"]).then_some(())
+    });
+    assert_eq!(shown(), before);
+    let status = mount.read("checkpoints/b/status");
+    assert!(status.contains("had 8388608 bytes then"), "{status}");
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}

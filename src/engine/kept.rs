@@ -5,14 +5,14 @@
 //!
 //! One thing nobody else remembers: how large a disk was when its checkpoint was made. A disk that was
 //! made smaller and larger again has zeros that no bitmap tells of. So the size at which a checkpoint was
-//! first seen is kept, and outlives the mount.
+//! first seen is kept, and outlives the mount; and so is the image that the disk was.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::domain::{Changes, Domain};
-use super::store::Record;
-use crate::model::{Checkpoint, Result};
+use super::store::{Kept, Record};
+use crate::model::{Checkpoint, Name, Result};
 
 impl Domain {
     /// Takes over the checkpoints of whoever keeps them. Does nothing where that is the engine.
@@ -50,45 +50,106 @@ impl Domain {
 
 /// Makes the record say what the keeper's does; whether that was something new.
 pub(super) fn take_over(record: &mut Record, kept: Vec<Checkpoint>) -> bool {
-    let mut kept = in_order(kept);
-    for checkpoint in &mut kept {
-        let same = |c: &&Checkpoint| c.name == checkpoint.name && c.created == checkpoint.created;
-        let Some(known) = record.checkpoints.iter().find(same) else {
-            continue;
-        };
-        for entry in &mut checkpoint.disks {
-            // 0 is of a disk whose size could not be told.
-            if let Some(known) = known.disk(&entry.target).filter(|known| known.size != 0) {
-                entry.size = known.size;
-            }
-        }
-    }
-    let new = kept != record.checkpoints;
-    if new {
-        let newest = kept.last().map(|c| c.created);
-        record.last_created = record.last_created.max(newest);
-        record.checkpoints = kept;
-    }
-    new
+    let before = record.clone();
+    give_times(record, &kept);
+    let mut kept: Vec<Checkpoint> = kept
+        .into_iter()
+        .filter_map(|checkpoint| {
+            let created = shown(record, &checkpoint.name, checkpoint.created)?;
+            let known = before.checkpoints.iter();
+            // Its time here is its alone.
+            let same = |c: &&Checkpoint| c.name == checkpoint.name && c.created == created;
+            let known = known.clone().find(same);
+            Some(seen(
+                Checkpoint {
+                    created,
+                    ..checkpoint
+                },
+                known,
+            ))
+        })
+        .collect();
+    kept.sort_by_key(|c| c.created);
+    record.checkpoints = kept;
+    *record != before
 }
 
-/// Oldest first, with times of their own: two that were made in one second differ by one here, since
-/// a time is what tells checkpoints apart in tables of stamps.
-fn in_order(mut all: Vec<Checkpoint>) -> Vec<Checkpoint> {
-    for place in 0..all.len() {
-        let (before, rest) = all.split_at_mut(place);
-        let Some(this) = rest.first_mut() else { break };
-        let parent = before
-            .iter()
-            .find(|c| Some(&c.name) == this.parent.as_ref());
-        if let Some(parent) = parent {
-            this.created = this.created.max(parent.created + Duration::from_secs(1));
+/// The checkpoint with what is remembered from when it was first seen.
+fn seen(mut checkpoint: Checkpoint, known: Option<&Checkpoint>) -> Checkpoint {
+    for entry in &mut checkpoint.disks {
+        let Some(known) = known.and_then(|k| k.disk(&entry.target)) else {
+            continue;
+        };
+        // 0 is of a disk whose size could not be told.
+        if known.size != 0 {
+            entry.size = known.size;
+        }
+        if known.image.is_some() {
+            entry.image.clone_from(&known.image);
         }
     }
-    all.sort_by_key(|c| c.created);
-    for place in 1..all.len() {
-        let floor = all[place - 1].created + Duration::from_secs(1);
-        all[place].created = all[place].created.max(floor);
+    checkpoint
+}
+
+fn shown(record: &Record, name: &Name, theirs: SystemTime) -> Option<SystemTime> {
+    let mut all = record.kept.iter();
+    let kept = all.find(|k| k.name == *name && k.theirs == theirs)?;
+    Some(kept.shown)
+}
+
+/// Gives each checkpoint a time of its own, since a time is what tells checkpoints apart in tables of
+/// stamps: of several that were made in one second, the later ones are shown a second later each. What one
+/// was given it keeps, whatever becomes of the others.
+fn give_times(record: &mut Record, kept: &[Checkpoint]) {
+    const SECOND: Duration = Duration::from_secs(1);
+    let there = |k: &Kept| {
+        kept.iter()
+            .any(|c| c.name == k.name && c.created == k.theirs)
+    };
+    record.kept.retain(there);
+    for checkpoint in parents_first(kept) {
+        let (name, theirs) = (&checkpoint.name, checkpoint.created);
+        if shown(record, name, theirs).is_some() {
+            continue;
+        }
+        let mut time = theirs;
+        // In a table of stamps it must not pass for an earlier one, which may be gone by now: made in the
+        // same second, or before the clock was set back.
+        if let Some(last) = record.last_created {
+            time = time.max(last + SECOND);
+        }
+        record.kept.push(Kept {
+            name: name.clone(),
+            theirs,
+            shown: time,
+        });
+        record.last_created = Some(time);
+    }
+}
+
+/// A checkpoint was redefined: it is the one that it was, and shown with the time that it had.
+pub(super) fn expect(record: &mut Record, again: &Checkpoint) {
+    let (name, created) = (&again.name, again.created);
+    let taken = record.kept.iter().any(|k| k.shown == created);
+    if !taken {
+        record.kept.push(Kept {
+            name: name.clone(),
+            theirs: created,
+            shown: created,
+        });
+    }
+}
+
+/// The oldest first, but none before its parent, which a clock that was set back may have made later.
+fn parents_first(kept: &[Checkpoint]) -> Vec<&Checkpoint> {
+    let mut left: Vec<&Checkpoint> = kept.iter().collect();
+    left.sort_by_key(|c| c.created);
+    let mut all = Vec::new();
+    while !left.is_empty() {
+        let waits = |c: &&Checkpoint| left.iter().any(|p| Some(&p.name) == c.parent.as_ref());
+        // In a circle of parents, which nobody makes, any is as good.
+        let next = left.iter().position(|c| !waits(c)).unwrap_or(0);
+        all.push(left.remove(next));
     }
     all
 }
@@ -96,12 +157,11 @@ fn in_order(mut all: Vec<Checkpoint>) -> Vec<Checkpoint> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{CheckpointDisk, Name};
-    use std::time::SystemTime;
+    use crate::model::CheckpointDisk;
 
     #[test]
-    fn the_size_at_first_sight_stays() {
-        let seen = |second, size| Checkpoint {
+    fn size_and_image_at_first_sight_stay() {
+        let seen_as = |second, size, image: &str| Checkpoint {
             name: Name::new("a").unwrap(),
             created: SystemTime::UNIX_EPOCH + Duration::from_secs(second),
             parent: None,
@@ -110,13 +170,16 @@ mod tests {
                 target: "vda".to_owned(),
                 bitmap: "a".to_owned(),
                 size,
-                image: None,
+                image: Some(image.to_owned()),
                 broken: None,
             }],
         };
+        let seen = |second, size| seen_as(second, size, "/a");
         let mut record = Record::default();
         assert!(take_over(&mut record, vec![seen(10, 100)]));
         assert!(!take_over(&mut record, vec![seen(10, 200)]));
+        // Such as when it was redefined.
+        assert!(!take_over(&mut record, vec![seen_as(10, 100, "/b")]));
         assert_eq!(record.checkpoints, [seen(10, 100)]);
         // Another one of the same name.
         assert!(take_over(&mut record, vec![seen(11, 200)]));
@@ -132,19 +195,46 @@ mod tests {
             description: None,
             disks: Vec::new(),
         };
-        let ordered = in_order(vec![
-            made("a", None, 10),
-            made("c", Some("a"), 10),
-            made("d", Some("c"), 9),
-            made("b", None, 10),
-        ]);
-        let all: Vec<(&str, u64)> = ordered
-            .iter()
-            .map(|c| {
+        let times = |record: &Record| -> Vec<(String, u64)> {
+            let all = record.checkpoints.iter().map(|c| {
                 let since = c.created.duration_since(SystemTime::UNIX_EPOCH);
-                (c.name.as_str(), since.unwrap().as_secs())
-            })
-            .collect();
-        assert_eq!(all, [("a", 10), ("b", 11), ("c", 12), ("d", 13)]);
+                (c.name.to_string(), since.unwrap().as_secs())
+            });
+            all.collect()
+        };
+        let expect = |record: &Record, all: &[(&str, u64)]| {
+            let all: Vec<_> = all.iter().map(|(n, t)| ((*n).to_owned(), *t)).collect();
+            assert_eq!(times(record), all);
+        };
+        let a = made("a", None, 10);
+        let b = made("b", None, 10);
+        let c = made("c", Some("a"), 10);
+        let d = made("d", Some("c"), 9);
+        let mut record = Record::default();
+        let all = vec![a.clone(), c.clone(), d.clone(), b.clone()];
+        assert!(take_over(&mut record, all.clone()));
+        expect(&record, &[("a", 10), ("c", 11), ("d", 12), ("b", 13)]);
+        assert!(!take_over(&mut record, all));
+
+        // Whatever becomes of the others, each keeps its time.
+        let b_and_d = || {
+            vec![
+                b.clone(),
+                Checkpoint {
+                    parent: None,
+                    ..d.clone()
+                },
+            ]
+        };
+        assert!(take_over(&mut record, b_and_d()));
+        expect(&record, &[("d", 12), ("b", 13)]);
+        // One that is new is later than all that ever were, unless it was announced.
+        let (again, old) = (made("a", None, 10), made("old", None, 5));
+        super::expect(&mut record, &old);
+        assert!(take_over(
+            &mut record,
+            [vec![again, old], b_and_d()].concat()
+        ));
+        expect(&record, &[("old", 5), ("d", 12), ("b", 13), ("a", 14)]);
     }
 }

@@ -3,6 +3,7 @@
 //! its changes can be believed comes from the bitmaps.
 
 use super::domain::Domain;
+use super::kept;
 use super::request::{BitmapRequest, Redefinition};
 use crate::model::{Checkpoint, CheckpointDisk, Disk, Error, Kind, Name, Result};
 
@@ -44,6 +45,7 @@ impl Domain {
             if self.mirrors {
                 self.backend
                     .redefine_checkpoint(&checkpoint, again.validate)?;
+                kept::expect(&mut changes.record, &checkpoint);
                 return self.adopt(&mut changes);
             }
             follows_newest(&checkpoint, all)?;

@@ -31,6 +31,16 @@ pub(super) enum Pending {
     Rename(Name, Name),
 }
 
+/// When somebody else's checkpoint was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Kept {
+    pub(super) name: Name,
+    /// As its keeper says. With the name, it tells one checkpoint from another.
+    pub(super) theirs: SystemTime,
+    /// As it is shown here, where no two are of the same second.
+    pub(super) shown: SystemTime,
+}
+
 /// The remembered state of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
@@ -39,6 +49,9 @@ pub(super) struct Record {
     pub(super) checkpoints: Vec<Checkpoint>,
     /// The newest creation time given out so far, so that times rise even if the clock does not.
     pub(super) last_created: Option<SystemTime>,
+    /// The times of checkpoints that somebody else keeps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) kept: Vec<Kept>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) pending: Option<Pending>,
 }
@@ -49,6 +62,7 @@ impl Default for Record {
             version: VERSION,
             checkpoints: Vec::new(),
             last_created: None,
+            kept: Vec::new(),
             pending: None,
         }
     }
