@@ -90,6 +90,90 @@ fn a_stopped_domain_has_what_was_recorded_before_its_snapshots() {
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
 
+/// A domain's XML, changed, and defined again; it is off.
+fn redefine_domain(libvirtd: &Libvirtd, change: impl Fn(String) -> String) {
+    let document = libvirtd.dir().join("changed.xml");
+    let now = libvirtd.virsh(&["dumpxml", "--inactive", "vm"]);
+    std::fs::write(&document, change(now)).unwrap();
+    libvirtd.virsh(&["define", text(&document)]);
+}
+
+fn is_back(mount: &Fleecefs) {
+    eventually("the domain's return", DEADLINE, || {
+        let status = mount.read("status");
+        status.contains("state: connected").then_some(())
+    });
+}
+
+/// Images change places between two starts: libvirt goes by the target, and takes another disk's bitmap of
+/// that name.
+#[test]
+fn a_disk_that_is_another_image_is_not_trusted() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB, 8 * MIB]);
+    // One that is not seen before the swap: libvirt's record has what the disks were.
+    libvirtd.virsh(&["checkpoint-create-as", "vm", "theirs"]);
+    let swap = || {
+        libvirtd.virsh(&["destroy", "--graceful", "vm"]);
+        redefine_domain(&libvirtd, |xml| {
+            let swapped = xml.replace("vda.qcow2", "@@");
+            let swapped = swapped.replace("vdb.qcow2", "vda.qcow2");
+            swapped.replace("@@", "vdb.qcow2")
+        });
+    };
+    swap();
+    let broken = |mount: &Fleecefs, name: &str| {
+        let status = mount.read(&format!("checkpoints/{name}/status"));
+        assert!(status.contains("vda.qcow2 then and is "), "{status}");
+    };
+    // Off, and running.
+    let mount = mount(&libvirtd, Home::new());
+    broken(&mount, "theirs");
+    let home = mount.umount();
+    libvirtd.virsh(&["start", "--paused", "vm"]);
+    let mount = self::mount(&libvirtd, home);
+    broken(&mount, "theirs");
+    mount.mkdir("backups/mon").unwrap();
+    mount.rmdir("backups/mon").unwrap();
+
+    swap();
+    libvirtd.virsh(&["start", "--paused", "vm"]);
+    is_back(&mount);
+    let status = mount.read("checkpoints/mon/status");
+    assert!(status.contains("vdb.qcow2 then and is "), "{status}");
+    mount.mkdir("backups/tue").unwrap();
+    let map = std::fs::read(mount.path("backups/tue/since/mon/vda.map"));
+    assert!(map.is_err(), "{map:?}");
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// What is the same disk: the image below a snapshot's, also when the snapshot was committed.
+#[test]
+fn a_disk_is_the_same_with_a_snapshot_and_without_it_again() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[16 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    mount.mkdir("checkpoints/mon").unwrap();
+    let mut written = vec![write(&libvirtd, "vda", 1)];
+    snapshot(&libvirtd, "s");
+    snapshot(&libvirtd, "t");
+    written.push(write(&libvirtd, "vda", 3));
+    mount.mkdir("backups/tue").unwrap();
+    assert_eq!(since(&mount, "tue", "mon", "vda"), written);
+    mount.rmdir("backups/tue").unwrap();
+    mount.rmdir("checkpoints/tue").unwrap();
+    let commit = ["--active", "--pivot", "--wait"];
+    libvirtd.virsh(&[&["blockcommit", "vm", "vda"], &commit[..]].concat());
+    written.push(write(&libvirtd, "vda", 5));
+    mount.mkdir("backups/wed").unwrap();
+    assert_eq!(since(&mount, "wed", "mon", "vda"), written);
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
 /// Two checkpoints of one second: what is remembered of one does not depend on the other.
 #[test]
 fn a_checkpoints_time_does_not_change() {

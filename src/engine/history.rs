@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A link is sound if its bitmap is on the disk's top node, was saved cleanly and is as large as
-//! the disk, if the disk is still the same image, and if it is not already known to be broken; the
+//! the disk, if the disk is still the same image or that is below it, and if it is not already known to be broken; the
 //! newest must also be recording.
 
 use crate::model::{
@@ -95,6 +95,7 @@ fn flaw(disk: &Disk, entry: &CheckpointDisk, newest: bool) -> Option<Broken> {
     }
     if let (Some(then), Some(now)) = (entry.image.as_deref(), disk.path())
         && then != now
+        && !disk.backing.iter().any(|below| below == then)
     {
         return Some(format!("the disk was {then} then and is {now} now"));
     }

@@ -22,6 +22,9 @@ pub struct Disk {
     pub format: String,
     /// The image, where it is a file or a device.
     pub file: Option<String>,
+    /// The files of the images below it, top first, as far as they are known and of use: where bitmaps
+    /// are handed on to the image of a snapshot, the disk is the same whose image is now among these.
+    pub backing: Vec<String>,
     /// Why the disk cannot be frozen, if it cannot: QEMU does not read and write it itself.
     pub no_backup: Option<String>,
     /// Why the disk cannot carry a persistent dirty bitmap, if it cannot.

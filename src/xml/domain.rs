@@ -59,6 +59,7 @@ mod tests {
             size: 1,
             format: "qcow2".into(),
             file: Some("/images/it's \"x\" & <y>.qcow2".into()),
+            backing: Vec::new(),
             no_backup: None,
             no_checkpoint: None,
             bitmaps: Vec::new(),

@@ -25,13 +25,25 @@ pub struct LiveDisk {
     pub format: String,
     /// The image, where it is a file or a block device.
     pub file: Option<String>,
+    /// The files of the images below it, top first, as far as libvirt says.
+    pub backing: Vec<String>,
 }
 
 impl LiveDomain {
     /// Reads a `<domain>`.
     pub fn read(bytes: &[u8]) -> Result<Self, Error> {
         let source = tree::source(bytes)?;
+        Ok(Self::of(&tree::parse(&source)?))
+    }
+
+    /// The domain as it was when the checkpoint was made that a `<domaincheckpoint>` describes.
+    pub fn of_checkpoint(bytes: &[u8]) -> Result<Self, Error> {
+        let source = tree::source(bytes)?;
         let root = tree::parse(&source)?;
+        Ok(child(&root, "domain").map(Self::of).unwrap_or_default())
+    }
+
+    fn of(root: &Element<'_>) -> Self {
         let devices = root.children.iter().filter(|c| c.name == "devices");
         let disks = devices.flat_map(|d| &d.children).filter_map(disk);
         let labels = root.children.iter().filter(|c| c.name == "seclabel");
@@ -39,11 +51,11 @@ impl LiveDomain {
             .filter(|l| attribute(l, "model") == Some("dac"))
             .collect();
         let mut owners = dac.iter().filter_map(|l| child(l, "label"));
-        Ok(Self {
+        Self {
             disks: disks.collect(),
             owner: owners.find_map(owner),
             keeps_owners: dac.iter().any(|l| attribute(l, "relabel") == Some("no")),
-        })
+        }
     }
 }
 
@@ -95,14 +107,25 @@ fn disk(element: &Element<'_>) -> Option<LiveDisk> {
     {
         return None;
     }
-    let source = child(element, "source")?;
-    let file = attribute(source, "file").or_else(|| attribute(source, "dev"));
+    let file = file_of(child(element, "source")?);
     let driver = child(element, "driver").and_then(|d| attribute(d, "type"));
     Some(LiveDisk {
         target: attribute(child(element, "target")?, "dev")?.to_owned(),
         format: driver.unwrap_or("raw").to_owned(),
         file: file.map(str::to_owned),
+        backing: backing(element),
     })
+}
+
+fn file_of<'a>(source: &'a Element<'_>) -> Option<&'a str> {
+    attribute(source, "file").or_else(|| attribute(source, "dev"))
+}
+
+/// The images below, each inside the one above. One that is no file is passed over.
+fn backing(disk: &Element<'_>) -> Vec<String> {
+    let layers = std::iter::successors(child(disk, "backingStore"), |b| child(b, "backingStore"));
+    let files = layers.filter_map(|b| file_of(child(b, "source")?));
+    files.map(str::to_owned).collect()
 }
 
 /// `+64055:+108`, or without the plus signs; names are not looked up.
@@ -130,7 +153,10 @@ mod tests {
         let domain = LiveDomain::read(
             b"<domain type='kvm' id='3'><name>vm</name><novel x='1'/><devices>
               <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
-                <source file='/i/a&amp;b' index='2'/><target dev='vda' bus='virtio'/></disk>
+                <source file='/i/a&amp;b' index='2'/><target dev='vda' bus='virtio'/>
+                <backingStore type='file' index='3'><format type='qcow2'/><source file='/i/b'/>
+                  <backingStore type='block'><source dev='/i/c'/><backingStore/></backingStore>
+                </backingStore></disk>
               <disk type='block'><source dev='/dev/vg/x'/><target dev='sdb'/></disk>
               <disk type='file' device='cdrom'><source file='/x.iso'/><target dev='sda'/></disk>
               <disk type='file'><source file='/r'/><target dev='vdr'/><readonly/></disk>
@@ -141,20 +167,33 @@ mod tests {
               </seclabel></domain>",
         )
         .unwrap();
-        let disk = |target: &str, format: &str, file: &str| LiveDisk {
+        let disk = |target: &str, format: &str, file: &str, backing: &[&str]| LiveDisk {
             target: target.into(),
             format: format.into(),
             file: Some(file.into()),
+            backing: backing.iter().map(|b| (*b).to_owned()).collect(),
         };
         assert_eq!(
             domain.disks,
             [
-                disk("vda", "qcow2", "/i/a&b"),
-                disk("sdb", "raw", "/dev/vg/x")
+                disk("vda", "qcow2", "/i/a&b", &["/i/b", "/i/c"]),
+                disk("sdb", "raw", "/dev/vg/x", &[])
             ]
         );
         assert_eq!(domain.owner, Some((64055, 108)));
         assert!(domain.keeps_owners);
+    }
+
+    #[test]
+    fn the_domain_of_a_checkpoint() {
+        let read = |bytes: &[u8]| LiveDomain::of_checkpoint(bytes).unwrap().disks;
+        let disks = read(
+            b"<domaincheckpoint><name>mon</name><disks><disk name='vda'/></disks><domain><devices>
+              <disk type='file'><source file='/i/a'/><target dev='vda'/></disk></devices></domain>
+              </domaincheckpoint>",
+        );
+        assert_eq!(disks[0].file.as_deref(), Some("/i/a"));
+        assert_eq!(read(b"<domaincheckpoint/>"), []);
     }
 
     #[test]

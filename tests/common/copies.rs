@@ -114,6 +114,7 @@ impl Night {
             size: self.disk.size(),
             format: "qcow2".into(),
             file: Some("/vm1.qcow2".into()),
+            backing: Vec::new(),
             no_backup: None,
             no_checkpoint: None,
             bitmaps: Vec::new(),

@@ -471,12 +471,12 @@ impl Checkpoint {
         })
     }
 
-    /// Without the domain; with what changed since, which only a running QEMU can tell.
+    /// With the domain as it was; with what changed since, which only a running QEMU can tell.
     pub(super) fn xml(&self, size: bool) -> Result<String> {
-        let mut flags = sys::VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN;
-        if size {
-            flags |= sys::VIR_DOMAIN_CHECKPOINT_XML_SIZE;
-        }
+        let flags = match size {
+            true => sys::VIR_DOMAIN_CHECKPOINT_XML_SIZE,
+            false => 0,
+        };
         // SAFETY: the checkpoint is ours.
         owned(unsafe { sys::virDomainCheckpointGetXMLDesc(self.0, flags) })
     }

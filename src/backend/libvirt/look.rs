@@ -75,6 +75,11 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
         .iter()
         .map(|xml| CheckpointDocument::read(xml.as_bytes()).map_err(|e| odd("checkpoint", &e)))
         .collect::<Result<Vec<_>>>()?;
+    let then = answers
+        .checkpoints
+        .iter()
+        .map(|xml| LiveDomain::of_checkpoint(xml.as_bytes()).map_err(|e| odd("checkpoint", &e)))
+        .collect::<Result<Vec<_>>>()?;
     let known = |target: &str| answers.sizes.get(target);
     let size = |target: &str| known(target).and_then(|s| s.clone().ok()).unwrap_or(0);
     let disks = domain.disks.iter().map(|disk| Disk {
@@ -82,6 +87,7 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
         size: size(&disk.target),
         format: disk.format.clone(),
         file: disk.file.clone(),
+        backing: disk.backing.clone(),
         no_backup: known(&disk.target).and_then(|s| s.clone().err()),
         no_checkpoint: no_checkpoint(disk),
         bitmaps: if bitmaps {
@@ -94,7 +100,8 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
         disks: disks.collect(),
         checkpoints: documents
             .iter()
-            .filter_map(|d| checkpoint(d, size))
+            .zip(&then)
+            .filter_map(|(document, then)| checkpoint(document, then, size))
             .collect(),
         domain,
     })
@@ -145,7 +152,11 @@ fn odd(what: &str, error: &crate::xml::Error) -> Error {
 
 /// A checkpoint as libvirt describes it. One whose name would not do as a name of a file here, such as
 /// `x.xml`, is left out: others can still be used.
-fn checkpoint(document: &CheckpointDocument, size: impl Fn(&str) -> u64) -> Option<Checkpoint> {
+fn checkpoint(
+    document: &CheckpointDocument,
+    then: &LiveDomain,
+    size: impl Fn(&str) -> u64,
+) -> Option<Checkpoint> {
     let name = document.name.as_ref()?.value.clone();
     let disks = document.disks.iter().filter_map(|disk| {
         let bitmap = disk.bitmap.as_ref()?;
@@ -154,8 +165,12 @@ fn checkpoint(document: &CheckpointDocument, size: impl Fn(&str) -> u64) -> Opti
             bitmap: bitmap.name.clone().unwrap_or_else(|| name.to_string()),
             // libvirt says nothing of the size at the time; the engine remembers it.
             size: size(&disk.name),
-            // Nor does it say which image it was: it goes by snapshots itself.
-            image: None,
+            // libvirt goes by the target, and would take another disk's bitmap of that name.
+            image: then
+                .disks
+                .iter()
+                .find(|d| d.target == disk.name)
+                .and_then(|d| d.file.clone()),
             broken: None,
         })
     });

@@ -28,6 +28,8 @@ const STOPPED: &str = "the domain was not running when it was mounted";
 pub(super) struct Stopped {
     images: Qemu,
     link: Link,
+    /// The images' paths, which the storage daemon has without symbolic links, in libvirt's words.
+    files: Vec<(String, Option<String>)>,
 }
 
 /// Opens the images of the domain's disks.
@@ -58,7 +60,12 @@ pub(super) fn open(link: Link, look: &Look, info: DomainInfo, places: &Places) -
         ));
     }
     let images = storage_daemon::open_images(&wanted, info, places)?;
-    Ok(Stopped { images, link })
+    let named = |d: &Disk| (d.target.clone(), d.file.clone());
+    Ok(Stopped {
+        images,
+        link,
+        files: look.disks.iter().map(named).collect(),
+    })
 }
 
 fn read_only() -> Error {
@@ -86,6 +93,9 @@ impl Backend for Stopped {
         let mut disks = self.images.disks()?;
         for disk in &mut disks {
             disk.no_checkpoint = Some(STOPPED.to_owned());
+            if let Some((_, file)) = self.files.iter().find(|(t, _)| *t == disk.target) {
+                disk.file.clone_from(file);
+            }
         }
         Ok(disks)
     }

@@ -203,6 +203,8 @@ impl DiskNode {
     /// below: what a bitmap says is said by all of its name. Where one of them cannot be used, none can.
     fn add_older(&mut self, top: &Node, nodes: &[Node]) {
         let chain = below(top, nodes);
+        let files = chain.iter().flatten().filter_map(|n| n.file.clone());
+        self.disk.backing = files.collect();
         for bitmap in &mut self.disk.bitmaps {
             let Some(chain) = &chain else {
                 bitmap.inconsistent = true;
@@ -281,6 +283,7 @@ fn disk_of(target: String, name: String, node: &Node) -> DiskNode {
             size: node.image.virtual_size,
             format: node.drv.clone(),
             file: node.file.clone(),
+            backing: Vec::new(),
             no_backup: None,
             no_checkpoint,
             bitmaps: bitmaps.collect(),

@@ -35,7 +35,7 @@ pub struct SimDisk {
     /// Why the disk cannot carry bitmaps.
     pub no_checkpoint: Option<String>,
     /// Why it cannot be frozen.
-    pub no_backup: Option<String>,
+    no_backup: Option<String>,
 }
 
 #[derive(Default)]
@@ -332,6 +332,7 @@ impl Backend for Sim {
                 size: disk.data.len() as u64,
                 format: "qcow2".to_owned(),
                 file: Some(format!("/images/{target}.qcow2")),
+                backing: Vec::new(),
                 no_backup: disk.no_backup.clone(),
                 no_checkpoint: disk.no_checkpoint.clone(),
                 bitmaps: disk
