@@ -68,6 +68,7 @@ impl Domain {
                         .hint("choose another name, or end it with rmdir"),
                 );
             }
+            self.tell_apart(&mut changes)?;
             let disks = self.disks()?;
             let request = request(&disks)?;
             self.start(&mut changes, &disks, &request)
@@ -163,9 +164,12 @@ impl Domain {
             .filter(|e| own_disks.iter().any(|d| d.knows_since(e.id)))
             .map(|e| since(e))
             .collect();
+        let bases = plan.disks.iter().filter_map(|d| d.base.as_ref());
+        let bases = changes.record.kept_of(bases);
         let (frozen, head) = self.at_an_instant(changes, start, new, |new| {
             plan.checkpoint = new.cloned();
-            self.backend.begin(&plan)
+            let frozen = self.backend.begin(&plan)?;
+            self.sure_of(&bases, new, frozen, |frozen| frozen.end())
         })?;
         // Nobody else can begin: the caller holds the right to change anything.
         let running = self.backups();
@@ -225,9 +229,12 @@ impl Domain {
                 note: disk.no_checkpoint.clone(),
             });
         }
+        let bases = plan.disks.iter().filter_map(|d| d.base.as_ref());
+        let bases = changes.record.kept_of(bases);
         let (pushing, head) = self.at_an_instant(changes, start, new, |new| {
             plan.checkpoint = new.cloned();
-            self.backend.push(&plan)
+            let pushing = self.backend.push(&plan)?;
+            self.sure_of(&bases, new, pushing, |pushing| pushing.end())
         })?;
         Ok(Job::Push(Arc::new(Push {
             head,

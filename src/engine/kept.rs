@@ -12,7 +12,9 @@ use std::time::{Duration, SystemTime};
 
 use super::domain::{Changes, Domain};
 use super::store::{Kept, Record};
-use crate::model::{Checkpoint, Name, Result};
+use crate::model::{Checkpoint, CheckpointRemoval, Error, Kind, Name, NewCheckpoint, Result};
+
+const SECOND: Duration = Duration::from_secs(1);
 
 impl Domain {
     /// Takes over the checkpoints of whoever keeps them. Does nothing where that is the engine.
@@ -35,6 +37,68 @@ impl Domain {
             self.seen.store(number, Ordering::Release);
             self.mirror(&mut changes, seen);
         }
+    }
+
+    /// Looks again when the present second is over, if a checkpoint was made in it: another of its name, made
+    /// a moment later, could not be told from it. (A new checkpoint would be waited for just as long.)
+    pub(super) fn tell_apart(&self, changes: &mut Changes) -> Result<()> {
+        let Some(newest) = changes.record.kept.iter().map(|k| k.theirs).max() else {
+            return Ok(());
+        };
+        match (newest + SECOND).duration_since(SystemTime::now()) {
+            // A clock that was set back is not waited for.
+            Ok(wait) if wait <= SECOND => {
+                std::thread::sleep(wait);
+                self.adopt(changes)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Looks whether the bases of a backup that has begun are what they were when it was planned: their
+    /// keeper knows them by name only, and somebody may have made one anew. If they are not, it is undone.
+    pub(super) fn sure_of<T>(
+        &self,
+        bases: &[Kept],
+        new: Option<&NewCheckpoint>,
+        begun: T,
+        end: impl FnOnce(&T) -> Result<()>,
+    ) -> Result<T> {
+        let looked = match bases {
+            [] => return Ok(begun),
+            _ => self.backend.own_checkpoints(),
+        };
+        let why = match looked.map(Option::unwrap_or_default) {
+            Err(e) => e,
+            Ok(now) => {
+                let there = |k: &Kept| {
+                    now.iter()
+                        .any(|c| c.name == k.name && c.created == k.theirs)
+                };
+                match bases.iter().find(|base| !there(base)) {
+                    None => return Ok(begun),
+                    Some(base) => Error::new(
+                        Kind::Busy,
+                        format!(
+                            "someone else deleted checkpoint {}, or made it anew, while the backup began",
+                            base.name
+                        ),
+                    )
+                    .hint("begin it again"),
+                }
+            }
+        };
+        let undone = end(&begun).and_then(|()| match new {
+            Some(new) => self.backend.delete_checkpoint(&CheckpointRemoval {
+                name: new.name.clone(),
+                bitmaps: Vec::new(),
+            }),
+            None => Ok(()),
+        });
+        if let Err(e) = undone {
+            log::error!("undoing a backup whose base was changed: {e}");
+        }
+        Err(why)
     }
 
     fn mirror(&self, changes: &mut Changes, kept: Vec<Checkpoint>) {
@@ -101,7 +165,6 @@ fn shown(record: &Record, name: &Name, theirs: SystemTime) -> Option<SystemTime>
 /// stamps: of several that were made in one second, the later ones are shown a second later each. What one
 /// was given it keeps, whatever becomes of the others.
 fn give_times(record: &mut Record, kept: &[Checkpoint]) {
-    const SECOND: Duration = Duration::from_secs(1);
     let there = |k: &Kept| {
         kept.iter()
             .any(|c| c.name == k.name && c.created == k.theirs)

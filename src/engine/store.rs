@@ -69,6 +69,13 @@ impl Default for Record {
 }
 
 impl Record {
+    /// Those of these checkpoints that somebody else keeps.
+    pub(super) fn kept_of<'a>(&self, names: impl Iterator<Item = &'a Name>) -> Vec<Kept> {
+        let names: Vec<&Name> = names.collect();
+        let kept = self.kept.iter().filter(|k| names.contains(&&k.name));
+        kept.cloned().collect()
+    }
+
     /// A creation time for what is made now: in whole seconds, later than all before.
     pub(super) fn next_time(&self, now: SystemTime) -> SystemTime {
         let seconds = now
