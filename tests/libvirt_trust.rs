@@ -9,6 +9,7 @@ use common::libvirtd::{Libvirtd, libvirtd};
 use common::mount::Home;
 use common::tools::{DEADLINE, eventually, fuse, need, run, text};
 use common::{Fleecefs, Write, model, parse_map};
+use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 const NOTHING: [std::path::PathBuf; 0] = [];
@@ -211,5 +212,37 @@ fn a_checkpoints_time_does_not_change() {
     assert_eq!(shown(), before);
     let status = mount.read("checkpoints/b/status");
     assert!(status.contains("had 8388608 bytes then"), "{status}");
+    assert_eq!(mount.umount().leftovers(), NOTHING);
+}
+
+/// Of a checkpoint that is broken on one disk, nothing stays on the others: it would record for ever.
+#[test]
+fn all_that_is_left_of_a_broken_checkpoint_is_deleted() {
+    let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
+        return;
+    };
+    libvirtd.domain(&[8 * MIB, 8 * MIB, 4 * MIB]);
+    let mount = mount(&libvirtd, Home::new());
+    for name in ["sun", "mon", "tue"] {
+        mount.mkdir(&format!("checkpoints/{name}")).unwrap();
+    }
+    let nodes = libvirtd.qmp("query-named-block-nodes", json!({"flat": true}));
+    let image = libvirtd.image("vdb");
+    let is = |n: &&Value| n["drv"] == "qcow2" && n["file"] == text(&image);
+    let node = nodes.as_array().unwrap().iter().find(is).unwrap()["node-name"].clone();
+    let missing = json!({"node": node, "name": "mon"});
+    libvirtd.qmp("block-dirty-bitmap-remove", missing);
+    mount.rmdir("checkpoints/mon").unwrap();
+    assert_eq!(mount.list("checkpoints"), ["sun", "tue"]);
+    let parent = std::fs::read_link(mount.path("checkpoints/tue/parent")).unwrap();
+    assert!(parent.ends_with("sun"), "{parent:?}");
+    // No bitmap is in its way.
+    mount.mkdir("checkpoints/mon").unwrap();
+    for name in ["mon", "sun", "tue"] {
+        mount.rmdir(&format!("checkpoints/{name}")).unwrap();
+    }
+    let nodes = libvirtd.qmp("query-named-block-nodes", json!({"flat": true}));
+    let left = |n: &&Value| n["dirty-bitmaps"].as_array().is_some_and(|b| !b.is_empty());
+    assert_eq!(nodes.as_array().unwrap().iter().find(left), None);
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }

@@ -42,6 +42,7 @@ mod outcome;
 mod push;
 mod qemu_img;
 mod quiesce;
+mod removal;
 mod session;
 mod stopped;
 
@@ -420,21 +421,10 @@ impl Backend for Libvirt {
         quiesce::frozen(shared, new.quiesce, create, undo).map(drop)
     }
 
-    fn delete_checkpoint(&self, removal: &CheckpointRemoval) -> Result<()> {
-        let name = removal.name.to_string();
+    fn delete_checkpoint(&self, going: &CheckpointRemoval) -> Result<()> {
+        let name = going.name.to_string();
         self.shared.link.call("delete a checkpoint", move |domain| {
-            let checkpoint = domain.checkpoint(&name)?;
-            match checkpoint.delete(0) {
-                // What is left of a broken one is libvirt's record; it says so in no other way.
-                Err(fault) if fault.message.contains("not found in backing chain") => {
-                    log::warn!(
-                        "checkpoint {name}: {}; its record is removed",
-                        fault.message
-                    );
-                    checkpoint.delete(sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
-                }
-                outcome => outcome,
-            }
+            removal::delete(domain, &name)
         })
     }
 
@@ -443,7 +433,7 @@ impl Backend for Libvirt {
     }
 
     fn redefine_checkpoint(&self, again: &Checkpoint, validate: bool) -> Result<()> {
-        let xml = CheckpointDocument::describe(again, None).write();
+        let document = CheckpointDocument::describe(again, None);
         let mut flags = sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE;
         if validate {
             flags |= sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE;
@@ -451,9 +441,7 @@ impl Backend for Libvirt {
         self.shared
             .link
             .call("redefine a checkpoint", move |domain| {
-                // libvirt wants the whole domain in it; what it was then is not in our documents.
-                const END: &str = "</domaincheckpoint>";
-                let whole = xml.replace(END, &format!("{}{END}", domain.definition()?));
+                let whole = removal::whole(domain, &document)?;
                 domain.create_checkpoint(&whole, flags).map(drop)
             })
     }
