@@ -142,7 +142,10 @@ impl Link {
         let thread = move || {
             let domain = shared.domain();
             let outcome = match &domain {
-                Ok(domain) => work(domain).map_err(|fault| shared.explain(&fault)),
+                Ok(domain) => work(domain).map_err(|fault| match is_off(domain, &fault) {
+                    true => not_running(&fault),
+                    false => shared.explain(&fault),
+                }),
                 Err(fault) => Err(shared.explain(fault)),
             };
             if !first.swap(true, Ordering::AcqRel) {
@@ -248,6 +251,16 @@ fn unreachable(code: sys::virErrorNumber) -> sys::virErrorNumber {
     }
 }
 
+/// Whether the refusal is for want of a domain that runs. libvirt's words are in its own language.
+fn is_off(domain: &Domain, fault: &Fault) -> bool {
+    fault.code == sys::VIR_ERR_OPERATION_INVALID && matches!(domain.is_active(), Ok(false))
+}
+
+fn not_running(fault: &Fault) -> Error {
+    Error::new(Kind::NotConnected, fault.message.clone())
+        .hint("start or resume it: virsh start, virsh resume")
+}
+
 /// What libvirt said, as a refusal. Its codes tell more than its words, which are kept.
 pub(super) fn explain(fault: &Fault) -> Error {
     let message = fault.message.clone();
@@ -266,9 +279,8 @@ pub(super) fn explain(fault: &Fault) -> Error {
         _ if message.contains("job data missing") => error(Kind::Busy).hint(
             "libvirtd was killed while it began a backup, and has lost track of it: restart the domain",
         ),
-        sys::VIR_ERR_OPERATION_INVALID if message.contains("not running") => {
-            error(Kind::NotConnected).hint("start or resume it: virsh start, virsh resume")
-        }
+        // What needs a guest that runs is refused in these words of one that is paused, too.
+        sys::VIR_ERR_OPERATION_INVALID if message.contains("not running") => not_running(fault),
         sys::VIR_ERR_OPERATION_INVALID | sys::VIR_ERR_RESOURCE_BUSY => error(Kind::Busy),
         sys::VIR_ERR_OPERATION_TIMEOUT if message.contains("state change lock") => {
             error(Kind::Busy).hint("wait for the other job; virsh domjobinfo shows it")
