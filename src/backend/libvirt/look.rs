@@ -128,7 +128,12 @@ fn checkpoints(domain: &Domain, sizes: bool) -> ffi::Result<Vec<String>> {
         std::thread::sleep(AGAIN);
         domain.checkpoints()
     })?;
-    all.iter().map(|c| described(c, sizes)).collect()
+    let described = all.iter().map(|c| described(c, sizes));
+    // One that was deleted meanwhile is none any more.
+    let gone = |fault: &ffi::Fault| fault.code == sys::VIR_ERR_NO_DOMAIN_CHECKPOINT;
+    described
+        .filter(|described| !described.as_ref().is_err_and(gone))
+        .collect()
 }
 
 /// A checkpoint's document. One of which QEMU cannot tell the sizes, as after a snapshot and a resize of a
