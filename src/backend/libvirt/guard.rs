@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use virt_sys as sys;
 
+use super::Shared;
 use super::ffi::{self, Domain};
 use super::job::{self, Running};
-use super::{Shared, look};
 use crate::backend::watch::Watcher;
 use crate::model::{Error, Kind};
 
@@ -118,9 +118,9 @@ fn watch(shared: &Arc<Shared>, running: Option<&Arc<dyn Running>>) {
     shared.set_down(down.clone());
     let listed = seen.checkpoints.as_ref();
     if listed.is_some_and(|names| shared.knows_other_checkpoints(names))
-        && let Ok(look) = look::look(&shared.link, false)
+        && let Err(e) = shared.look(false)
     {
-        shared.note_checkpoints(&look.checkpoints);
+        log::debug!("{e}");
     }
     match &down {
         Some(_) => shared.guest.is_off(),

@@ -22,6 +22,7 @@ use virt_sys as sys;
 
 use self::job::{Mark, Running};
 use self::link::Link;
+use self::look::Look;
 use self::quiesce::Guest;
 use super::rundir::{self, RunDir};
 use super::source::Places;
@@ -87,6 +88,30 @@ struct Shared {
 struct Seen {
     number: u64,
     checkpoints: Vec<Checkpoint>,
+    /// Looks that were begun.
+    looks: u64,
+    /// Which of them this is from.
+    from: u64,
+}
+
+impl Seen {
+    /// Before a look: its place in the order of all.
+    fn look(&mut self) -> u64 {
+        self.looks += 1;
+        self.looks
+    }
+
+    /// What the look of this place found; nothing, if one that began later was told before.
+    fn note(&mut self, look: u64, checkpoints: &[Checkpoint]) {
+        if look < self.from {
+            return;
+        }
+        self.from = look;
+        if self.checkpoints != checkpoints {
+            self.number += 1;
+            self.checkpoints = checkpoints.to_vec();
+        }
+    }
 }
 
 /// Finds the domain. Nothing of it is changed yet.
@@ -224,12 +249,13 @@ impl Shared {
         known != named
     }
 
-    fn note_checkpoints(&self, checkpoints: &[Checkpoint]) {
-        let mut seen = self.seen.lock();
-        if seen.checkpoints != checkpoints {
-            seen.number += 1;
-            seen.checkpoints = checkpoints.to_vec();
-        }
+    /// Looks, and notes the checkpoints. Looks may overtake each other: one that began before a change
+    /// and ends after it must not take back what is known of it.
+    fn look(&self, bitmaps: bool) -> Result<Look> {
+        let place = self.seen.lock().look();
+        let look = look::look(&self.link, bitmaps)?;
+        self.seen.lock().note(place, &look.checkpoints);
+        Ok(look)
     }
 
     fn size_of(&self, target: &str) -> Result<u64> {
@@ -380,16 +406,13 @@ impl Backend for Libvirt {
     }
 
     fn disks(&self) -> Result<Vec<Disk>> {
-        let look = look::look(&self.shared.link, true)?;
-        self.shared.note_checkpoints(&look.checkpoints);
+        let look = self.shared.look(true)?;
         self.shared.disks.lock().clone_from(&look.disks);
         Ok(look.disks)
     }
 
     fn own_checkpoints(&self) -> Result<Option<Vec<Checkpoint>>> {
-        let look = look::look(&self.shared.link, false)?;
-        self.shared.note_checkpoints(&look.checkpoints);
-        Ok(Some(look.checkpoints))
+        Ok(Some(self.shared.look(false)?.checkpoints))
     }
 
     fn seen_checkpoints(&self, number: u64) -> Option<(u64, Vec<Checkpoint>)> {
@@ -481,5 +504,31 @@ impl Backend for Libvirt {
         self.shared.rundir.leave_what_is_frozen();
         self.shared.rundir.remove();
         ended
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_was_overtaken_says_nothing() {
+        let made = |name: &str| Checkpoint {
+            name: Name::new(name).unwrap(),
+            created: SystemTime::UNIX_EPOCH,
+            parent: None,
+            description: None,
+            disks: Vec::new(),
+        };
+        let mut seen = Seen::default();
+        let slow = seen.look();
+        let after = seen.look();
+        seen.note(after, &[made("mon")]);
+        let number = seen.number;
+        seen.note(slow, &[]);
+        assert_eq!((seen.number, seen.checkpoints.len()), (number, 1));
+        let next = seen.look();
+        seen.note(next, &[]);
+        assert_eq!((seen.number, seen.checkpoints.len()), (number + 1, 0));
     }
 }
