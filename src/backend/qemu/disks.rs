@@ -210,14 +210,19 @@ impl DiskNode {
                 bitmap.inconsistent = true;
                 continue;
             };
+            let mut ended = false;
             for node in chain {
                 let named = |b: &&DirtyBitmap| b.name.as_ref() == Some(&bitmap.name);
                 let Some(same) = node.dirty_bitmaps.iter().find(named) else {
+                    ended = true;
                     continue;
                 };
                 match &node.node_name {
+                    // In an image between that has none, what was written is in none.
                     Some(name)
-                        if !same.inconsistent && node.image.virtual_size == self.disk.size =>
+                        if !ended
+                            && !same.inconsistent
+                            && node.image.virtual_size == self.disk.size =>
                     {
                         self.older.push((name.clone(), bitmap.name.clone()));
                         bitmap.dirty_bytes = bitmap.dirty_bytes.max(same.count);
@@ -401,6 +406,8 @@ mod tests {
         };
         assert!(spoiled(2, "/backing_file", json!("/i/lost")), "not found");
         assert!(spoiled(0, "/image/virtual-size", json!(1)), "another size");
+        assert!(spoiled(2, "/dirty-bitmaps", json!([])), "a gap");
+        assert!(!spoiled(0, "/dirty-bitmaps", json!([])), "younger than it");
         let bad = json!({"name": "mon", "granularity": 1, "count": 0, "inconsistent": true});
         assert!(spoiled(2, "/dirty-bitmaps/1", bad));
         // A disk that is written to: whoever keeps its checkpoints knows the top one only.
