@@ -77,6 +77,7 @@ impl Fate {
     }
 
     /// The reason is another one than was thought.
+    #[cfg(feature = "libvirt")]
     pub(super) fn turns_out(&self, why: Error) {
         *self.failure.write() = Some(why);
     }
