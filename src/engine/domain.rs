@@ -340,10 +340,14 @@ impl Domain {
             .into_iter()
             .map(|checkpoint| match old.remove(&checkpoint.name) {
                 Some(entry) if entry.checkpoint == checkpoint => entry,
-                known => Arc::new(CheckpointEntry {
-                    id: known.map_or_else(|| changes.new_checkpoint_id(), |e| e.id),
-                    checkpoint,
-                }),
+                known => {
+                    // One that was made anew is another, whatever its name.
+                    let same = known.filter(|e| e.checkpoint.created == checkpoint.created);
+                    Arc::new(CheckpointEntry {
+                        id: same.map_or_else(|| changes.new_checkpoint_id(), |e| e.id),
+                        checkpoint,
+                    })
+                }
             })
             .collect();
     }
