@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime};
 
 use common::libvirtd::{Libvirtd, libvirtd};
-use common::tools::fuse;
+use common::tools::{fuse, need};
 use common::{Fleecefs, Write};
 
 const MIB: u64 = 1 << 20;
@@ -59,6 +59,7 @@ fn distinct(nights: &[Vec<i64>]) {
 
 #[test]
 fn a_burst_of_checkpoints_of_others() {
+    need!("qemu-img");
     let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
         return;
     };
@@ -83,6 +84,7 @@ fn a_burst_of_checkpoints_of_others() {
 /// One that others made in the second of ours takes its place when ours is deleted.
 #[test]
 fn a_checkpoint_of_the_same_second() {
+    need!("qemu-img");
     let (Some(libvirtd), Some(())) = (libvirtd(), fuse()) else {
         return;
     };
