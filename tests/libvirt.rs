@@ -38,6 +38,15 @@ fn checkpoints_are_libvirts() {
     libvirtd.virsh(&["checkpoint-create-as", "vm", "theirs"]);
     let listed = run(common::mount::FLEECEFS, &["list", "--uri", &libvirtd.uri()]);
     assert!(listed.contains(" libvirt:vm   running"), "{listed}");
+    let nowhere = Command::new(common::mount::FLEECEFS)
+        .args(["list", "--uri", "qemu+unix:///system?socket=/nonexistent"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&nowhere.stderr);
+    assert!(
+        !nowhere.status.success() && said.contains("/nonexistent"),
+        "{said}"
+    );
     let mount = mount(&libvirtd, Home::new());
     assert_eq!(mount.list("checkpoints"), ["theirs"]);
     mount.mkdir("checkpoints/ours").unwrap();

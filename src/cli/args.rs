@@ -124,9 +124,9 @@ pub(super) struct List {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Sources {
-    /// Where libvirt is
-    #[arg(long, default_value = "qemu:///system")]
-    pub(super) uri: String,
+    /// Where libvirt is [default: qemu:///system, if there is one]
+    #[arg(long)]
+    pub(super) uri: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::args::Sources;
 use super::mounted::say;
 use super::table::table;
-use crate::backend::found;
+use crate::backend::{Places, found};
 use crate::model::Result;
 
 /// How long libvirt may take to answer.
@@ -14,8 +14,12 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) fn run(args: &Sources) -> Result<()> {
     let mut all = Vec::new();
-    match found::domains(&args.uri, TIMEOUT) {
+    let uri = args.uri.as_deref();
+    let mut missing = Ok(());
+    match found::domains(uri.unwrap_or(&Places::default().uri), TIMEOUT) {
         Ok(domains) => all.extend(domains),
+        // Whoever names a place wants to know of it.
+        Err(e) if uri.is_some() => missing = Err(e.during("no domains of libvirt")),
         // A host without libvirt has QMP sockets all the same.
         Err(e) => eprintln!("fleecefs: no domains of libvirt: {e}"),
     }
@@ -24,5 +28,6 @@ pub(super) fn run(args: &Sources) -> Result<()> {
     let mut rows = vec![["Source", "State"].map(str::to_owned).to_vec()];
     let found = all.into_iter();
     rows.extend(found.map(|f| vec![f.source, f.state.to_owned()]));
-    say(&table(&rows)).map(drop)
+    say(&table(&rows))?;
+    missing
 }
