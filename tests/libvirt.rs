@@ -281,26 +281,14 @@ fn a_snapshot_breaks_nothing_and_a_resized_disk_does() {
     };
     libvirtd.domain(&[8 * MIB, 4 * MIB]);
     let mount = mount(&libvirtd, Home::new());
-    let write = |target, at: u64, pattern| {
-        let write = Write {
-            offset: at * MIB,
-            length: 65536,
-            pattern,
-        };
-        libvirtd.write(target, write);
-    };
-    let since = |mount: &Fleecefs, backup: &str, base: &str, disk: &str| {
-        let map = mount.read(&format!("backups/{backup}/since/{base}/{disk}.map"));
-        model::dirty_extents(&parse_map(&map))
-    };
+    let write = |target, at, pattern| libvirtd.cluster(target, at, pattern);
     mount.mkdir("checkpoints/mon").unwrap();
     write("vda", 1, 1);
-    let snapshot = ["--disk-only", "--no-metadata"];
-    libvirtd.virsh(&[&["snapshot-create-as", "vm", "s"], &snapshot[..]].concat());
+    libvirtd.snapshot("s");
     write("vda", 2, 2);
     mount.mkdir("backups/tue").unwrap();
     let both = [(MIB, 65536), (2 * MIB, 65536)];
-    assert_eq!(since(&mount, "tue", "mon", "vda"), both);
+    assert_eq!(mount.since("tue", "mon", "vda"), both);
     let bytes = std::fs::read(mount.path("backups/tue/raw/vda.raw")).unwrap();
     assert_eq!((bytes[MIB as usize], bytes[2 * MIB as usize]), (1, 2));
     mount.rmdir("backups/tue").unwrap();
@@ -321,7 +309,7 @@ fn a_snapshot_breaks_nothing_and_a_resized_disk_does() {
     let map = std::fs::read(mount.path("backups/wed/since/tue/vda.map"));
     assert!(map.is_err(), "{map:?}");
     assert_eq!(
-        since(&mount, "wed", "tue", "vdb"),
+        mount.since("wed", "tue", "vdb"),
         [(MIB, 65536)],
         "not resized"
     );
@@ -330,7 +318,7 @@ fn a_snapshot_breaks_nothing_and_a_resized_disk_does() {
     mount.rmdir("backups/wed").unwrap();
     write("vda", 15, 4);
     mount.mkdir("backups/thu").unwrap();
-    assert_eq!(since(&mount, "thu", "wed", "vda"), [(15 * MIB, 65536)]);
+    assert_eq!(mount.since("thu", "wed", "vda"), [(15 * MIB, 65536)]);
     mount.rmdir("backups/thu").unwrap();
     for checkpoint in ["mon", "tue", "wed", "thu"] {
         mount.rmdir(&format!("checkpoints/{checkpoint}")).unwrap();
@@ -349,14 +337,7 @@ fn a_saved_domain_keeps_its_checkpoints() {
     libvirtd.domain(&[4 * MIB]);
     let mount = mount(&libvirtd, Home::new());
     mount.mkdir("checkpoints/mon").unwrap();
-    let write = |at: u64| {
-        let write = Write {
-            offset: at * MIB,
-            length: 65536,
-            pattern: 1,
-        };
-        libvirtd.write("vda", write);
-    };
+    let write = |at| libvirtd.cluster("vda", at, 1);
     write(1);
     let saved = libvirtd.dir().join("saved");
     libvirtd.virsh(&["resume", "vm"]);

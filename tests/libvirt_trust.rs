@@ -5,10 +5,10 @@
 
 mod common;
 
+use common::Fleecefs;
 use common::libvirtd::{Libvirtd, libvirtd};
 use common::mount::Home;
 use common::tools::{DEADLINE, eventually, fuse, need, run, text};
-use common::{Fleecefs, Write, model, parse_map};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -16,27 +16,6 @@ const NOTHING: [std::path::PathBuf; 0] = [];
 
 fn mount(libvirtd: &Libvirtd, home: Home) -> Fleecefs {
     Fleecefs::libvirt(&libvirtd.uri()).home(home).mount()
-}
-
-/// A guest's write of a cluster at so many MiB.
-fn write(libvirtd: &Libvirtd, target: &str, at: u64) -> (u64, u64) {
-    let write = Write {
-        offset: at * MIB,
-        length: 65536,
-        pattern: 1,
-    };
-    libvirtd.write(target, write);
-    (at * MIB, 65536)
-}
-
-fn snapshot(libvirtd: &Libvirtd, name: &str) {
-    let what = ["--disk-only", "--no-metadata"];
-    libvirtd.virsh(&[&["snapshot-create-as", "vm", name], &what[..]].concat());
-}
-
-fn since(mount: &Fleecefs, backup: &str, base: &str, disk: &str) -> Vec<(u64, u64)> {
-    let map = mount.read(&format!("backups/{backup}/since/{base}/{disk}.map"));
-    model::dirty_extents(&parse_map(&map))
 }
 
 /// A snapshot's image has bitmaps of the same names, begun anew: what was recorded before is on the images
@@ -48,16 +27,15 @@ fn a_stopped_domain_has_what_was_recorded_before_its_snapshots() {
         return;
     };
     libvirtd.domain(&[16 * MIB, 4 * MIB]);
-    let write = |at| write(&libvirtd, "vda", at);
-    let snapshot = |name| snapshot(&libvirtd, name);
+    let write = |at| libvirtd.cluster("vda", at, 1);
     libvirtd.virsh(&["checkpoint-create-as", "vm", "mon"]);
     let mut written = vec![write(1)];
-    snapshot("s");
+    libvirtd.snapshot("s");
     written.push(write(3));
     libvirtd.virsh(&["checkpoint-create-as", "vm", "tue"]);
     written.push(write(5));
-    snapshot("t");
-    snapshot("u");
+    libvirtd.snapshot("t");
+    libvirtd.snapshot("u");
     libvirtd.virsh(&["checkpoint-create-as", "vm", "wed"]);
     written.push(write(7));
     libvirtd.virsh(&["destroy", "--graceful", "vm"]);
@@ -65,7 +43,7 @@ fn a_stopped_domain_has_what_was_recorded_before_its_snapshots() {
     let mount = mount(&libvirtd, Home::new());
     mount.mkdir("backups/b").unwrap();
     for (checkpoint, first) in [("mon", 0), ("tue", 2), ("wed", 3)] {
-        let dirty = since(&mount, "b", checkpoint, "vda");
+        let dirty = mount.since("b", checkpoint, "vda");
         assert_eq!(dirty, written[first..], "{checkpoint}");
     }
     mount.rmdir("backups/b").unwrap();
@@ -159,19 +137,19 @@ fn a_disk_is_the_same_with_a_snapshot_and_without_it_again() {
     libvirtd.domain(&[16 * MIB]);
     let mount = mount(&libvirtd, Home::new());
     mount.mkdir("checkpoints/mon").unwrap();
-    let mut written = vec![write(&libvirtd, "vda", 1)];
-    snapshot(&libvirtd, "s");
-    snapshot(&libvirtd, "t");
-    written.push(write(&libvirtd, "vda", 3));
+    let mut written = vec![libvirtd.cluster("vda", 1, 1)];
+    libvirtd.snapshot("s");
+    libvirtd.snapshot("t");
+    written.push(libvirtd.cluster("vda", 3, 1));
     mount.mkdir("backups/tue").unwrap();
-    assert_eq!(since(&mount, "tue", "mon", "vda"), written);
+    assert_eq!(mount.since("tue", "mon", "vda"), written);
     mount.rmdir("backups/tue").unwrap();
     mount.rmdir("checkpoints/tue").unwrap();
     let commit = ["--active", "--pivot", "--wait"];
     libvirtd.virsh(&[&["blockcommit", "vm", "vda"], &commit[..]].concat());
-    written.push(write(&libvirtd, "vda", 5));
+    written.push(libvirtd.cluster("vda", 5, 1));
     mount.mkdir("backups/wed").unwrap();
-    assert_eq!(since(&mount, "wed", "mon", "vda"), written);
+    assert_eq!(mount.since("wed", "mon", "vda"), written);
     assert_eq!(mount.umount().leftovers(), NOTHING);
 }
 

@@ -40,6 +40,11 @@ impl TargetFile {
         Path::new(self.target.image.path())
     }
 
+    #[cfg(feature = "libvirt")]
+    pub(super) fn image(&self) -> &Image {
+        &self.target.image
+    }
+
     /// Bytes of the disk.
     #[cfg(feature = "libvirt")]
     pub(super) fn size(&self) -> u64 {

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::model::{Error, JobState};
+use crate::model::{Error, JobState, Kind, Result};
 use crate::nbd;
 
 /// A running thread; dropping it ends and joins it.
@@ -114,6 +114,18 @@ impl Course {
         is_running(&self.0.lock())
     }
 
+    /// EINVAL if it is over: there is nothing left to steer.
+    pub(super) fn must_run(&self) -> Result<()> {
+        let state = self.0.lock();
+        match is_running(&state) {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Invalid,
+                format!("it is over already: {}", state.word()),
+            )),
+        }
+    }
+
     /// Told to wait, or to go on; nothing if it is over.
     pub(super) fn pause(&self, pause: bool) {
         let mut state = self.0.lock();
@@ -146,7 +158,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::model::{Kind, Outcome};
+    use crate::model::Outcome;
 
     fn pool() -> Arc<nbd::Pool> {
         let endpoint = nbd::Endpoint {

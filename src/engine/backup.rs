@@ -236,14 +236,9 @@ impl Backup {
             let piece = own.map.around(offset, |part| self.ask(own, frozen, part))?;
             return Ok(Some(data(&piece.map, offset - piece.start)));
         }
-        let [maker, other] = [Arc::clone(self), Arc::clone(self)];
-        let make = move || maker.allocation(disk);
-        let done = move || {
-            if let Some(own) = other.disks.get(disk) {
-                own.map.made();
-            }
-        };
-        Ok(own.map.soon(make, done)?.map(|map| data(&map, offset)))
+        let maker = Arc::clone(self);
+        let map = own.map.soon(move || maker.allocation(disk))?;
+        Ok(map.map(|map| data(&map, offset)))
     }
 
     /// What became of each part of a disk since a checkpoint, if the domain has been asked already.

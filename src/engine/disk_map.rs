@@ -38,7 +38,7 @@ pub(super) struct DiskMap {
     size: u64,
     piece: u64,
     /// Somebody makes the whole map for those who do not wait.
-    making: AtomicBool,
+    making: Arc<AtomicBool>,
     whole: Once<Map>,
     /// By where they begin.
     pieces: Mutex<HashMap<u64, Arc<Once<Map>>>>,
@@ -66,7 +66,7 @@ impl DiskMap {
         Self {
             size,
             piece,
-            making: AtomicBool::new(false),
+            making: Arc::default(),
             whole: Once::new(),
             pieces: Mutex::default(),
         }
@@ -94,7 +94,6 @@ impl DiskMap {
     pub(super) fn soon(
         &self,
         make: impl FnOnce() -> Result<Arc<Map>> + Send + 'static,
-        done: impl FnOnce() + Send + 'static,
     ) -> Result<Option<Arc<Map>>> {
         if let Some(map) = self.known() {
             return Ok(Some(map));
@@ -103,23 +102,25 @@ impl DiskMap {
             return Ok(None);
         }
         let (tell, told) = bounded(1);
+        let making = Arc::clone(&self.making);
         let thread = std::thread::Builder::new().name("map".to_owned());
         let spawned = thread.spawn(move || {
             let made = make();
-            done();
+            making.store(false, Ordering::Release);
             // Nobody may wait any more.
             let _ = tell.send(made);
         });
-        spawned.map_err(|e| Error::new(Kind::Io, format!("no thread to make a map: {e}")))?;
+        if let Err(e) = spawned {
+            self.making.store(false, Ordering::Release);
+            return Err(Error::new(
+                Kind::Io,
+                format!("no thread to make a map: {e}"),
+            ));
+        }
         match told.recv_timeout(PATIENCE) {
             Ok(made) => made.map(Some),
             Err(_) => Ok(None),
         }
-    }
-
-    /// Nobody makes it for those who do not wait, any more.
-    pub(super) fn made(&self) {
-        self.making.store(false, Ordering::Release);
     }
 
     /// What surrounds `offset`, which lies on the disk.
@@ -204,14 +205,14 @@ mod tests {
         assert!(map.is_in_one_piece(10, 10) && !map.is_in_one_piece(9, 2));
         let (go, gone) = bounded::<()>(0);
         let look = || {
-            let [maker, other] = [Arc::clone(&map), Arc::clone(&map)];
+            let maker = Arc::clone(&map);
             let gone = gone.clone();
             let make = move || {
                 // An error once the other end is closed.
                 let _ = gone.recv();
                 maker.whole(|range| Ok(data(&range)))
             };
-            map.soon(make, move || other.made()).unwrap()
+            map.soon(make).unwrap()
         };
         assert!(look().is_none());
         assert!(look().is_none(), "one makes it");

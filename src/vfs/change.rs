@@ -13,7 +13,7 @@ impl Vfs {
     /// Makes a checkpoint or begins a backup. Asks the domain.
     pub fn mkdir(&self, parent: Ino, name: &OsStr) -> Result<Found> {
         let made = self.make(parent, name).and_then(|node| self.found(node));
-        self.noted(|| format!("mkdir {}", self.path_in(parent, name)), made)
+        self.made(|| format!("mkdir {}", self.path_in(parent, name)), made)
     }
 
     fn make(&self, parent: Ino, name: &OsStr) -> Result<Node> {

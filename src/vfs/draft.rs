@@ -296,7 +296,7 @@ impl Vfs {
             self.touch();
             Ok(())
         });
-        self.noted(|| format!("close {}", self.path(draft.node)), done)
+        self.made(|| format!("close {}", self.path(draft.node)), done)
     }
 
     pub(super) fn write_draft(&self, draft: &Draft, offset: u64, bytes: &[u8]) -> Result<()> {

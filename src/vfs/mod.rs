@@ -136,19 +136,18 @@ impl Vfs {
     }
 
     /// Passes a result on; a refusal is written down in `last-error` and the log first. That a
-    /// name is not there, or a file has no more data, is an answer and no refusal; unless it is
-    /// something that was to be made, which lacks something else.
+    /// name is not there, or a file has no more data, is an answer and no refusal.
     fn noted<T>(&self, operation: impl FnOnce() -> String, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result
-            && error.kind() != Kind::PastEnd
-        {
-            let operation = operation();
-            let makes = ["mkdir ", "close "]
-                .iter()
-                .any(|verb| operation.starts_with(verb));
-            if error.kind() != Kind::NotFound || makes {
-                self.refusals.note(&operation, error);
-            }
+        match &result {
+            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::PastEnd) => result,
+            _ => self.made(operation, result),
+        }
+    }
+
+    /// The same of what was to be made: what is not there then is something that it needs.
+    fn made<T>(&self, operation: impl FnOnce() -> String, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.refusals.note(&operation(), error);
         }
         result
     }

@@ -247,6 +247,24 @@ impl Libvirtd {
         assert_eq!(self.virsh(&[&lines.join("; ")]).trim(), "", "{writes:?}");
     }
 
+    /// A guest's write of a cluster at so many MiB: its offset and length.
+    pub fn cluster(&self, target: &str, at: u64, pattern: u8) -> (u64, u64) {
+        let (offset, length) = (at << 20, 65536);
+        let write = Write {
+            offset,
+            length,
+            pattern,
+        };
+        self.write(target, write);
+        (offset, length)
+    }
+
+    /// New images on top of those that the disks have.
+    pub fn snapshot(&self, name: &str) {
+        let how = ["--disk-only", "--no-metadata"];
+        self.virsh(&[&["snapshot-create-as", "vm", name], &how[..]].concat());
+    }
+
     /// Asks the domain's QEMU.
     pub fn qmp(&self, execute: &str, arguments: Value) -> Value {
         self.qmp_all(&[(execute, arguments)]).remove(0)

@@ -66,6 +66,12 @@ impl Tree {
         self.read("last-error")
     }
 
+    /// What changed on a disk since a checkpoint: `(offset, length)`.
+    pub fn since(&self, backup: &str, checkpoint: &str, disk: &str) -> Vec<(u64, u64)> {
+        let map = self.read(&format!("backups/{backup}/since/{checkpoint}/{disk}.map"));
+        super::model::dirty_extents(&super::parse_map(&map))
+    }
+
     /// What a line `key: value` of a status says; `None` if there is no such line.
     pub fn status(&self, name: &str, key: &str) -> Option<String> {
         let text = self.read(name);

@@ -45,6 +45,22 @@ fn last_error(f: &Fixture) -> String {
     f.cat("last-error").lines().last().unwrap_or("").to_owned()
 }
 
+/// A name that is not there is an answer; what something lacks that was to be made is a refusal.
+#[test]
+fn what_is_missing_for_something_new_is_told() {
+    let f = fixture();
+    f.sim.fail_next("begin", Kind::NotFound);
+    assert_eq!(kind(f.mkdir("backups/mon")), Kind::NotFound);
+    assert!(last_error(&f).contains("mkdir backups/mon: begin backup mon"));
+    let document = f.create("backups/tue.xml").unwrap().opened.handle;
+    f.vfs
+        .write(document, 0, b"<domainbackup mode='pull'/>")
+        .unwrap();
+    f.sim.fail_next("begin", Kind::NotFound);
+    assert_eq!(kind(f.flush(document)), Kind::NotFound);
+    assert!(last_error(&f).contains("close backups/tue.xml: begin backup tue"));
+}
+
 #[test]
 fn a_document_while_it_is_written() {
     let f = fixture();

@@ -1,8 +1,8 @@
 //! A thread that looks after a domain of libvirt: does it run, is our job still there, is there room
 //! for scratch space, did somebody change the checkpoints?
 //!
-//! It polls. libvirt's events need an event loop of libvirt's in this process, and say nothing of
-//! checkpoints, of scratch space or of a restarted libvirtd; a look a few times a second tells all.
+//! It polls. libvirt's events say nothing of checkpoints, of scratch space or of a restarted libvirtd; a
+//! look a few times a second tells all. (How a push backup came out is heard, see outcome.rs.)
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -74,6 +74,11 @@ impl State {
             state: state as sys::virDomainState,
             reason: reason as u32,
         })
+    }
+
+    /// Its disks are not its own yet, or no longer.
+    pub(super) fn is_elsewhere(self) -> bool {
+        self.state == sys::VIR_DOMAIN_PAUSED && self.reason == sys::VIR_DOMAIN_PAUSED_MIGRATION
     }
 
     /// A write of the guest failed, and QEMU waits to make it again.

@@ -167,11 +167,13 @@ pub(super) fn undo(link: &Link, mark: Mark, checkpoint: Option<&NewCheckpoint>) 
 /// Deletes a checkpoint that is not to be.
 pub(super) fn undo_checkpoint(link: &Link, new: &NewCheckpoint) -> Result<()> {
     let name = new.name.to_string();
-    let deleted = link.call("undo a checkpoint", move |domain| {
-        domain.checkpoint(&name)?.delete(0)
-    });
-    match deleted {
-        Err(e) if e.kind() == Kind::NotFound => Ok(()),
+    link.call("undo a checkpoint", move |domain| delete(domain, &name))
+}
+
+/// There may be none: it is the last thing that libvirt makes.
+fn delete(domain: &Domain, name: &str) -> ffi::Result<()> {
+    match domain.checkpoint(name).and_then(|c| c.delete(0)) {
+        Err(fault) if fault.code == sys::VIR_ERR_NO_DOMAIN_CHECKPOINT => Ok(()),
         deleted => deleted,
     }
 }
@@ -179,11 +181,8 @@ pub(super) fn undo_checkpoint(link: &Link, new: &NewCheckpoint) -> Result<()> {
 /// After a begin that came too late for whoever waited for it.
 fn undo_late(domain: &Domain, mark: &Mark, checkpoint: Option<&str>) {
     let gone = abort(domain, mark, Instant::now() + UNDO);
-    let deleted = gone.and_then(|_| match checkpoint {
-        Some(name) => domain.checkpoint(name)?.delete(0),
-        None => Ok(()),
-    });
-    if let Err(fault) = deleted {
+    let undone = gone.and_then(|_| checkpoint.map_or(Ok(()), |name| delete(domain, name)));
+    if let Err(fault) = undone {
         log::error!("undoing a late backup: {}", fault.message);
     }
 }

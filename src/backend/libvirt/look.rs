@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use virt_sys as sys;
 
 use super::ffi::{self, Domain};
+use super::guard::State;
 use super::job;
 use super::link::Link;
 use crate::model::{Bitmap, Checkpoint, CheckpointDisk, Disk, Error, Kind, Result};
@@ -109,11 +110,7 @@ pub(super) fn look(link: &Link, bitmaps: bool) -> Result<Look> {
 
 /// Why QEMU cannot be asked for bitmaps, if it cannot. libvirt would let us wait for 30 s.
 fn no_bitmaps_now(domain: &Domain) -> ffi::Result<Option<Error>> {
-    let (state, reason) = domain.state()?;
-    if state as sys::virDomainState == sys::VIR_DOMAIN_PAUSED
-        && reason as u32 == sys::VIR_DOMAIN_PAUSED_MIGRATION
-    {
-        // Its disks are not its own yet, or no longer.
+    if State::of(domain)?.is_elsewhere() {
         let why = "the domain is being migrated, or was restored and has not run since";
         return Ok(Some(Error::new(Kind::Busy, why).hint(
             "wait for the migration; virsh resume lets a restored domain run",

@@ -145,7 +145,7 @@ pub(super) fn open(name: &str, places: &Places) -> Result<Arc<dyn Backend>> {
     }
     let shared = Arc::new(Shared {
         agent: link.aside(quiesce::FREEZE, quiesce::HINT),
-        guest: Arc::new(Guest::new(rundir.frozen_note())),
+        guest: Arc::new(Guest::new(rundir.frozen_note(), uuid.clone())),
         uuid,
         link,
         files_owner: look.domain.owner.filter(|_| look.domain.keeps_owners),
@@ -387,12 +387,8 @@ impl Backend for Libvirt {
             {
                 continue;
             }
-            if let Some(uuid) = frozen {
+            if frozen.is_some() {
                 log::warn!("an earlier fleecefs may have left the guest frozen: it is thawed");
-                // Should this one be killed as well.
-                if let Err(e) = self.shared.rundir.note_frozen(&uuid) {
-                    log::warn!("{e}");
-                }
                 self.shared.guest.owe();
             }
             // A QEMU's NBD server, which the next QMP mount of that domain will look after.

@@ -6,7 +6,6 @@
 //!
 //! A job that is over is gone from libvirt, which tells what became of it (outcome.rs).
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -23,8 +22,7 @@ use crate::backend::target::TargetFile;
 use crate::backend::watch::Course;
 use crate::backend::{Notice, Progress, Pushing};
 use crate::model::{
-    Control, CopyDisk, Error, Format, Image, JobId, JobState, Kind, Mode, Name, Outcome, PushPlan,
-    Result,
+    Control, CopyDisk, Error, Format, JobId, JobState, Kind, Mode, Name, Outcome, PushPlan, Result,
 };
 use crate::xml::{BackupDocument, BackupDocumentDisk, BackupMode};
 
@@ -38,7 +36,6 @@ const STRAGGLERS: Duration = Duration::from_millis(300);
 struct Part {
     disk: String,
     target: TargetFile,
-    image: Image,
     /// The checkpoint since which changes are copied; none: everything.
     base: Option<Name>,
     progress: Mutex<Progress>,
@@ -66,7 +63,8 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush>
     job::is_free(shared)?;
     let parts = plan.disks.iter().map(|disk| Part::new(shared, disk));
     let parts = parts.collect::<Result<Vec<_>>>()?;
-    let mark = Mark::Targets(parts.iter().map(|p| p.target.path().to_owned()).collect());
+    let targets: Vec<_> = parts.iter().map(|p| p.target.path().to_owned()).collect();
+    let mark = Mark::Targets(targets.clone());
     let document = BackupDocument {
         mode: Mode::Push,
         disks: parts.iter().map(Part::describe).collect(),
@@ -75,7 +73,7 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush>
     let prepared = parts.iter().try_for_each(|part| part.prepare(shared));
     let begun = prepared.and_then(|()| {
         let outcomes = shared.link.listen(&shared.uuid)?;
-        shared.rundir.note_job(&shared.uuid, targets(&mark));
+        shared.rundir.note_job(&shared.uuid, &targets);
         let run = job::begin(shared, &mark, &document, plan.checkpoint.as_ref())?;
         Ok((run, outcomes))
     });
@@ -109,20 +107,12 @@ pub(super) fn push(shared: &Arc<Shared>, plan: &PushPlan) -> Result<LibvirtPush>
     })
 }
 
-fn targets(mark: &Mark) -> &[PathBuf] {
-    match mark {
-        Mark::Targets(targets) => targets,
-        Mark::Socket(_) => &[],
-    }
-}
-
 impl Part {
     fn new(shared: &Shared, disk: &CopyDisk) -> Result<Self> {
         let size = shared.size_of(&disk.disk)?;
         Ok(Self {
             disk: disk.disk.clone(),
             target: TargetFile::new(disk.target.clone(), size),
-            image: disk.target.image.clone(),
             base: disk.base.clone(),
             progress: Mutex::new(Progress {
                 state: JobState::Running,
@@ -141,7 +131,7 @@ impl Part {
                 None => BackupMode::Full,
             }),
             incremental: self.base.clone(),
-            image: Some(self.image.clone()),
+            image: Some(self.target.image().clone()),
             format: Some(self.target.format()),
             ..BackupDocumentDisk::new(&self.disk)
         }
@@ -403,13 +393,7 @@ impl Pushing for LibvirtPush {
     }
 
     fn control(&self, command: Control) -> Result<()> {
-        let course = &self.session.course;
-        if !course.is_running() {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("it is over already: {}", course.state().word()),
-            ));
-        }
+        self.session.course.must_run()?;
         match command {
             Control::Abort => self.session.abort(&self.shared),
             _ => Err(Error::new(

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use virt_sys as sys;
 
 use super::Shared;
-use super::ffi::{Domain, Fault};
+use super::ffi::{self, Domain, Fault};
 use super::link::Link;
 use crate::model::{Error, Kind, Result};
 
@@ -58,15 +58,14 @@ pub(super) fn frozen<T>(
         .hint(HINT));
     };
     guest.pay(shared)?;
-    // For the next fleecefs, should this one be killed.
-    shared.rundir.note_frozen(&shared.uuid)?;
-    guest.set(Frost::Asked);
-    let [failed, late] = [Arc::clone(guest), Arc::clone(guest)];
+    let [asked, late] = [Arc::clone(guest), Arc::clone(guest)];
+    // In the thread of the call, which may not be made at all while an earlier one hangs.
     let freeze = move |domain: &Domain| {
+        asked.ask()?;
         domain.freeze().inspect_err(|fault| {
             // What others froze is not ours to thaw. Otherwise part of it may be frozen, or will be when
             // an agent that was not waited for any longer comes to it.
-            failed.set(match froze_nothing(fault) {
+            asked.set(match froze_nothing(fault) {
                 true => Frost::None,
                 false => Frost::Owed,
             });
@@ -158,18 +157,30 @@ pub(super) struct Guest {
     turn: Mutex<()>,
     /// When a thaw that is owed was tried last.
     tried: Mutex<Option<Instant>>,
-    /// Tells the next fleecefs.
+    /// Names the domain for the next fleecefs, should this one be killed.
     note: PathBuf,
+    uuid: String,
 }
 
 impl Guest {
-    pub(super) fn new(note: PathBuf) -> Self {
+    pub(super) fn new(note: PathBuf, uuid: String) -> Self {
         Self {
             frost: Mutex::new(Frost::None),
             turn: Mutex::default(),
             tried: Mutex::default(),
             note,
+            uuid,
         }
+    }
+
+    /// The agent is about to be asked. Without the note it is not.
+    fn ask(&self) -> ffi::Result<()> {
+        std::fs::write(&self.note, &self.uuid).map_err(|e| {
+            let what = format!("cannot write {}: {e}", self.note.display());
+            Fault::new(sys::VIR_ERR_SYSTEM_ERROR, what)
+        })?;
+        self.set(Frost::Asked);
+        Ok(())
     }
 
     fn set(&self, frost: Frost) {
@@ -187,6 +198,9 @@ impl Guest {
 
     /// Something was left frozen by an earlier fleecefs.
     pub(super) fn owe(&self) {
+        if let Err(fault) = self.ask() {
+            log::warn!("{}", fault.message);
+        }
         self.set(Frost::Owed);
     }
 

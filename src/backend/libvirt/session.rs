@@ -98,10 +98,11 @@ pub(super) fn begin(shared: &Arc<Shared>, plan: &BackupPlan) -> Result<LibvirtFr
             disks,
         }),
         Err(error) => {
+            // Each whatever became of the other: that somebody else ended it is no reason to leave its
+            // checkpoint.
             let ended = session.end(shared);
-            let checkpoint = plan.checkpoint.as_ref();
-            let undone = ended.and_then(|()| job::undo(&shared.link, mark, checkpoint));
-            if let Err(e) = undone {
+            let undone = job::undo(&shared.link, mark, plan.checkpoint.as_ref());
+            for e in [ended, undone].into_iter().filter_map(Result::err) {
                 log::error!("undoing a backup that could not begin: {e}");
             }
             Err(error)

@@ -431,12 +431,7 @@ impl Pushing for QemuPush {
 
     fn control(&self, command: Control) -> Result<()> {
         let session = &self.session;
-        if !session.course.is_running() {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("it is over already: {}", session.course.state().word()),
-            ));
-        }
+        session.course.must_run()?;
         if command == Control::Abort {
             return session.abort(&self.shared);
         }
